@@ -1,0 +1,71 @@
+"""Early-Bird tickets, searched with fewer timesteps (EB + ET, Algorithm 1 of the paper).
+
+After two epochs at T timesteps, take the fewest timesteps whose predictions are close to those of T. Train the dense
+network with those until its magnitude mask has settled; then prune the initial weights once and train them at T.
+
+    python train_snn_earlyT_earlybird.py --dataset cifar10 --arch vgg16 --sparsity_round 4
+"""
+
+import copy
+from functools import partial
+
+import torch
+
+from models import build_model
+from utils.data import load_data
+from utils.early_bird import has_settled, recent_masks, window_distance
+from utils.early_time import divergences, early_time
+from utils.errors import one_line_errors
+from utils.flags import get_args
+from utils.masks import dense_mask, magnitude_mask, rewind, sparsity_after
+from utils.runs import Run, load_checkpoint, save_checkpoint
+from utils.training import fit, make_optimizer, predict
+
+
+@one_line_errors
+def main(argv=None):
+    args = get_args("earlyT_earlybird", __doc__, argv)
+    run = Run(args)
+    if run.finished:
+        return run.report_finished()
+    data = load_data(args)
+    torch.manual_seed(run.seed)
+    model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
+    model.to(args.device)
+    train = partial(fit, model, data, args, run=run)
+
+    def choose_timesteps():
+        logits = predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
+        run.note(divergences=divergences(logits))
+        return early_time(logits, args.early_time_threshold)
+
+    # search: train the dense network until its mask has settled
+    target = sparsity_after(args.sparsity_round, args.prune_percent / 100)
+    initial = copy.deepcopy(model.state_dict())
+    dense = dense_mask(model)
+    optimizer = make_optimizer(model, args)
+    epoch, recent, timesteps = 0, recent_masks(args.eb_window), args.timestep
+    if run.checkpoint("search").exists():
+        epoch = load_checkpoint(run.checkpoint("search"), model, optimizer, recent)
+    while epoch < args.end_iter and not has_settled(recent, args.eb_tolerance, args.eb_distance):
+        if epoch >= args.early_time_epoch:
+            timesteps = run.once("early_time", choose_timesteps)
+        train(optimizer, dense, range(epoch, epoch + 1), timesteps)
+        epoch += 1
+        recent.append(magnitude_mask(model, target, args.pruning_scope))
+        run.note(hamming=window_distance(recent, "hamming"), jaccard=window_distance(recent, "jaccard"))
+        save_checkpoint(run.checkpoint("search"), epoch, model, optimizer, recent)
+
+    # the ticket: the settled mask on the initial weights
+    ticket, level = recent[-1], args.sparsity_round
+    run.save_ticket(level, ticket, initial)
+    rewind(model, initial, ticket)
+    optimizer = make_optimizer(model, args)
+    epochs, checkpoint = range(args.end_iter), run.checkpoint("train")
+    train(optimizer, ticket, epochs, args.timestep, phase="train", level=level, checkpoint=checkpoint)
+    run.save_result(level, ticket, model, settled=has_settled(recent, args.eb_tolerance, args.eb_distance))
+    run.report()
+
+
+if __name__ == "__main__":
+    main()

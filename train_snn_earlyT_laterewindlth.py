@@ -1,0 +1,75 @@
+"""Iterative magnitude pruning with late rewinding, searched with fewer timesteps (IMP + ET, Algorithm 1 of the paper).
+
+After two epochs at T timesteps, take the fewest timesteps whose predictions are close to those of T. Train, prune and
+rewind with those; then train the tickets that matter at T from the rewind point.
+
+    python train_snn_earlyT_laterewindlth.py --dataset cifar10 --arch vgg16
+"""
+
+import copy
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+from models import build_model
+from utils.data import load_data
+from utils.early_time import divergences, early_time
+from utils.errors import one_line_errors
+from utils.flags import get_args
+from utils.masks import dense_mask, prune_by_magnitude, rewind
+from utils.runs import Run
+from utils.training import fit, make_optimizer, predict
+
+
+@one_line_errors
+def main(argv=None):
+    args = get_args("earlyT_laterewindlth", __doc__, argv)
+    run = Run(args)
+    if run.finished:
+        return run.report_finished()
+    data = load_data(args)
+    torch.manual_seed(run.seed)
+    model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
+    model.to(args.device)
+    train = partial(fit, model, data, args, run=run)
+
+    def choose_timesteps():
+        logits = predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
+        run.note(divergences=divergences(logits))
+        return early_time(logits, args.early_time_threshold)
+
+    # the dense network: T_early after --early_time_epoch epochs, the rewind point after --rewinding_epoch
+    mask = dense_mask(model)
+    optimizer = make_optimizer(model, args)
+    timesteps, rewind_point = args.timestep, copy.deepcopy(model.state_dict())
+    for start, stop in pairwise(sorted({0, args.early_time_epoch, args.rewinding_epoch})):
+        train(optimizer, mask, range(start, stop), timesteps, phase="dense", checkpoint=run.checkpoint(f"dense_{stop}"))
+        if stop == args.rewinding_epoch:
+            rewind_point = copy.deepcopy(model.state_dict())
+        if stop == args.early_time_epoch:
+            timesteps = run.once("early_time", choose_timesteps)
+
+    # line 15: find the tickets with T_early
+    masks = [mask]
+    for level in range(args.sparsity_round):
+        rewind(model, rewind_point, mask)
+        optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind
+        epochs = range(args.rewinding_epoch, args.end_iter)
+        train(optimizer, mask, epochs, timesteps, level=level, checkpoint=run.checkpoint(f"level_{level:02d}"))
+        mask = prune_by_magnitude(model, mask, args.prune_percent / 100, args.pruning_scope)
+        masks.append(mask)
+        run.save_ticket(level + 1, mask, rewind_point)
+
+    # line 16: train them with T
+    for level in args.evaluate_levels:
+        rewind(model, rewind_point, masks[level])
+        optimizer = make_optimizer(model, args)
+        epochs, checkpoint = range(args.rewinding_epoch, args.end_iter), run.checkpoint(f"train_{level:02d}")
+        train(optimizer, masks[level], epochs, args.timestep, phase="train", level=level, checkpoint=checkpoint)
+        run.save_result(level, masks[level], model)
+    run.report()
+
+
+if __name__ == "__main__":
+    main()

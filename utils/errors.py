@@ -1,0 +1,32 @@
+"""What a user sees when something is wrong: one line, and an exit code."""
+
+import functools
+import sys
+from pathlib import Path
+
+
+class InputError(Exception):
+    """Something the user gave (a flag, a file, a folder) cannot be used; the message says what to do. Exit code 2."""
+
+
+class DivergedError(Exception):
+    """The training loss is no longer finite. Exit code 1."""
+
+
+def one_line_errors(main):
+    """Let a script's ``main(argv)`` end with one line instead of a traceback for what is not a fault of the program."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except (InputError, OSError) as error:
+            code, line = 2, f"error: {error}"
+        except DivergedError as error:
+            code, line = 1, f"error: {error}"
+        except KeyboardInterrupt:
+            code, line = 130, "stopped: the same command goes on from the last finished epoch"
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        raise SystemExit(code)
+
+    return wrapped

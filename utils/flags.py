@@ -1,0 +1,268 @@
+"""The command line of all scripts: the authors' flags, ours, and what is refused."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from models import ARCHITECTURES, BATCH_NORMS, NEURONS
+
+from .data import DATASETS
+from .masks import DISTANCES, SCOPES
+
+# the script's name without train_snn_ and .py; early_time and early_bird are what it searches with
+METHODS = ("laterewindlth", "earlybird", "earlyT_laterewindlth", "earlyT_earlybird")
+TOLERANCES = {"hamming": 0.02, "jaccard": 0.5}
+DEFAULT_EARLY_BIRD_ROUND = 4
+
+
+def uses_early_time(method: str) -> bool:
+    return method.startswith("earlyT_")
+
+
+def uses_early_bird(method: str) -> bool:
+    return method.endswith("earlybird")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _number(kind, low=-math.inf, high=math.inf, low_open=False, high_open=False):
+    """A type for argparse: a number in a range, with a message that names the range."""
+    bounds = []
+    if low > -math.inf:
+        bounds.append(f"{'more than' if low_open else 'at least'} {low}")
+    if high < math.inf:
+        bounds.append(f"{'less than' if high_open else 'at most'} {high}")
+    wanted = f"{'a whole number' if kind is int else 'a number'} {' and '.join(bounds)}".strip()
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
+        if not inside or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+        return value
+
+    return convert
+
+
+_positive_int = _number(int, low=1)
+_whole = _number(int, low=0)
+_positive = _number(float, low=0, low_open=True)
+_not_negative = _number(float, low=0)
+
+
+def make_parser(method: str, description: str | None = None) -> argparse.ArgumentParser:
+    """The parser of one script. All scripts take all flags, so that one command line serves the four; what a flag
+    belongs to stands in its group's title."""
+    parser = _Parser(
+        prog=f"train_snn_{method}.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def add(group, *names, help, default=None, shown=None, **options):
+        shown = default if shown is None else shown
+        group.add_argument(*names, default=default, help=f"{help} (default: {shown})".replace("%", "%%"), **options)
+
+    data = parser.add_argument_group("data")
+    add(data, "--dataset", choices=DATASETS, default="cifar10", help="data set")
+    add(data, "--data_dir", default="dataset/", metavar="DIR", help="folder that holds or receives the data sets")
+    add(data, "--train_samples", type=_positive_int, metavar="N", shown="all",
+        help="train on a fixed, class-balanced part of this many images")
+    add(data, "--test_samples", type=_positive_int, metavar="N", shown="all",
+        help="test on a fixed, class-balanced part of this many images")
+
+    network = parser.add_argument_group("network")
+    add(network, "--arch", choices=ARCHITECTURES, default="vgg16", help="network")
+    add(network, "--width", type=_positive, default=1.0, metavar="FACTOR",
+        help="factor on the channels of every hidden layer")
+    add(network, "--neuron", choices=NEURONS, default="lif",
+        help="lif, or relu for the ANN of the same shape (which needs only --timestep 1)")
+    add(network, "--timestep", type=_positive_int, default=5, metavar="T", help="timesteps an image is shown for")
+    add(network, "--batch_norm", choices=BATCH_NORMS, default="per_timestep",
+        help="where batch norm takes its training statistics from")
+
+    training = parser.add_argument_group("training")
+    add(training, "--optimizer", choices=("sgd", "adam"), default="sgd", help="optimizer")
+    add(training, "--scheduler", choices=("cosine", "step"), default="cosine",
+        help="learning rate over the epochs: cosine to 0, or a tenth after 1/2 and again after 3/4 of them")
+    add(training, "--batch_size", type=_positive_int, default=128, metavar="N", help="images per step")
+    add(training, "--learning_rate", type=_positive, default=0.3, metavar="RATE", help="learning rate of epoch 0")
+    add(training, "--momentum", type=_number(float, low=0, high=1, high_open=True), default=0.9, metavar="M",
+        help="momentum of sgd")
+    add(training, "--weight_decay", "--weight-decay", type=_not_negative, default=5e-4, metavar="W",
+        help="L2 penalty on all parameters")
+    add(training, "--end_iter", type=_positive_int, metavar="EPOCHS",
+        shown=", ".join(f"{name} {spec.epochs}" for name, spec in DATASETS.items()),
+        help="epochs of one training from the first to the last")
+    add(training, "--valid_freq", type=_positive_int, default=50, metavar="EPOCHS",
+        help="test every so many epochs, and after the last")
+
+    pruning = parser.add_argument_group("pruning")
+    add(pruning, "--prune_percent", type=_number(float, low=0, high=100, low_open=True, high_open=True), default=25.0,
+        metavar="PERCENT", help="share of the surviving weights that one pruning takes")
+    add(pruning, "--prune_iterations", type=_positive_int, default=15, metavar="K",
+        help="trainings of a whole IMP search; K - 1 prunings lie between them")
+    add(pruning, "--pruning_scope", choices=SCOPES, default="global", help="rank weights in the network or per layer")
+    add(pruning, "--sparsity_round", type=_whole, metavar="R",
+        shown=f"K - 1 for IMP; {DEFAULT_EARLY_BIRD_ROUND}, or K - 1 if that is less, for EB",
+        help="prune to the sparsity that R prunings reach")
+    add(pruning, "--rewinding_epoch", type=_whole, default=20, metavar="EPOCHS",
+        help="IMP: epochs of training that a rewound network keeps, 0 for its initial weights")
+
+    early_bird = parser.add_argument_group("Early-Bird (EB scripts)")
+    add(early_bird, "--eb_window", type=_positive_int, default=5, metavar="Q",
+        help="masks of earlier epochs that the current one is compared with")
+    add(early_bird, "--eb_tolerance", type=_number(float, low=0, high=1), metavar="TAU",
+        shown=", ".join(f"{tolerance} for {kind}" for kind, tolerance in TOLERANCES.items()),
+        help="a mask has settled when all distances in the window are below this fraction")
+    add(early_bird, "--eb_distance", choices=DISTANCES, default="hamming",
+        help="differing entries over all entries, or over those that either mask keeps")
+
+    early_time = parser.add_argument_group("Early-Time (ET scripts)")
+    add(early_time, "--early_time_epoch", type=_positive_int, default=2, metavar="EPOCHS",
+        help="epochs of training at T before the timesteps of the search are chosen")
+    add(early_time, "--early_time_threshold", type=_not_negative, default=0.6, metavar="LAMBDA",
+        help="search with the fewest timesteps whose normalised divergence is below this; 0 keeps T")
+    add(early_time, "--early_time_samples", type=_positive_int, default=1000, metavar="N",
+        help="training images that the divergence is measured on; all, if there are fewer")
+    add(early_time, "--evaluate_levels", type=_whole, nargs="+", metavar="R", shown="the last",
+        help="IMP + ET: levels, as numbers of prunings, whose tickets are trained at T")
+
+    run = parser.add_argument_group("run")
+    add(run, "--seed", type=_whole, default=1234, metavar="N", help="fixes all that is random, together with --round")
+    add(run, "--round", type=_positive_int, default=1, metavar="N", help="repetition, for mean and deviation")
+    add(run, "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+    add(run, "--precision", choices=("fp32", "bf16"), shown="bf16 on CUDA, fp32 on the CPU",
+        help="arithmetic of the forward pass (bf16: autocast; membranes and weights stay fp32)")
+    add(run, "--output_dir", default="runs", metavar="DIR", help="folder that holds all runs")
+    add(run, "--exp_name", shown="the script's name without train_snn_", metavar="NAME",
+        help="name of the experiment: the run is OUTPUT_DIR/NAME/DATASET-ARCH-roundN")
+    run.add_argument("--restart", action="store_true", help="delete what an earlier run left in the folder, start over")
+    return parser
+
+
+def get_args(method: str, description: str | None = None, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line of ``train_snn_<method>.py``; defaults that depend on other flags are filled in.
+
+    Ends the program with one line and exit code 2 where a flag is wrong.
+    """
+    parser = make_parser(method, description)
+    args = parser.parse_args(argv)
+    args.method = method
+    if args.end_iter is None:
+        args.end_iter = DATASETS[args.dataset].epochs
+    if args.exp_name is None:
+        args.exp_name = method
+    if args.eb_tolerance is None:
+        args.eb_tolerance = TOLERANCES[args.eb_distance]
+    _check_folder(parser, args)
+    _check_sparsity(parser, args)
+    if not uses_early_bird(method) and args.rewinding_epoch >= args.end_iter:
+        parser.error(
+            f"argument --rewinding_epoch: must be from 0 to {args.end_iter - 1}, before --end_iter {args.end_iter}, "
+            f"got {args.rewinding_epoch}"
+        )
+    if uses_early_time(method):
+        if args.timestep < 3:
+            parser.error(f"argument --timestep: early time needs at least 3 timesteps, got {args.timestep}")
+        if args.early_time_epoch >= args.end_iter:
+            parser.error(
+                f"argument --early_time_epoch: must be from 1 to {args.end_iter - 1}, before --end_iter "
+                f"{args.end_iter}, got {args.early_time_epoch}"
+            )
+    args.device = _device(parser, args.device)
+    if args.precision is None:
+        args.precision = "bf16" if args.device.startswith("cuda") else "fp32"
+    _note_unused(args, parser, sys.argv[1:] if argv is None else argv)
+    return args
+
+
+def _check_folder(parser, args) -> None:
+    if not args.exp_name or args.exp_name in (".", "..") or Path(args.exp_name).name != args.exp_name:
+        parser.error(f"argument --exp_name: must be a name without a path, got {args.exp_name!r}")
+
+
+def _check_sparsity(parser, args) -> None:
+    highest, lowest = args.prune_iterations - 1, 1 if uses_early_bird(args.method) else 0
+    if highest < lowest:
+        parser.error(f"argument --prune_iterations: must be at least {lowest + 1}, got {args.prune_iterations}")
+    if args.sparsity_round is None:
+        args.sparsity_round = min(highest, DEFAULT_EARLY_BIRD_ROUND) if uses_early_bird(args.method) else highest
+    if not lowest <= args.sparsity_round <= highest:
+        parser.error(
+            f"argument --sparsity_round: must be from {lowest} to {highest} "
+            f"(--prune_iterations {args.prune_iterations} has {highest} prunings), got {args.sparsity_round}"
+        )
+    if args.evaluate_levels is None:
+        args.evaluate_levels = [args.sparsity_round]
+    args.evaluate_levels = sorted(set(args.evaluate_levels))
+    if args.method == "earlyT_laterewindlth" and args.evaluate_levels[-1] > args.sparsity_round:
+        parser.error(
+            f"argument --evaluate_levels: must be from 0 to {args.sparsity_round} (--sparsity_round), "
+            f"got {args.evaluate_levels[-1]}"
+        )
+
+
+def _device(parser, name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        parser.error(f"argument --device: choose from auto, cpu, cuda, cuda:N; got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error(f"argument --device: {name} was asked for, but torch {torch.__version__} finds no GPU here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            parser.error(f"argument --device: {name} was asked for, this machine has {torch.cuda.device_count()} GPU")
+    return str(device)
+
+
+def _note_unused(args, parser, argv: list[str]) -> None:
+    """Say which of the given flags this method has no use for: nothing is ignored in silence."""
+    unused = set()
+    if not uses_early_bird(args.method):
+        unused |= {"--eb_window", "--eb_tolerance", "--eb_distance"}
+    else:
+        unused |= {"--rewinding_epoch"}
+    if not uses_early_time(args.method):
+        unused |= {"--early_time_epoch", "--early_time_threshold", "--early_time_samples"}
+    if args.method != "earlyT_laterewindlth":
+        unused |= {"--evaluate_levels"}
+    given = sorted(unused & {word.split("=")[0] for word in argv})
+    if given:
+        print(f"{parser.prog}: note: {', '.join(given)} has no part in this method", file=sys.stderr)
+
+
+def reported_levels(args) -> list[int]:
+    """The levels, as numbers of prunings, whose tickets the run trains at T and reports."""
+    if uses_early_bird(args.method):
+        return [args.sparsity_round]
+    if uses_early_time(args.method):
+        return args.evaluate_levels
+    return list(range(args.sparsity_round + 1))
+
+
+def planned_epochs(args) -> tuple[int, int]:
+    """Epochs of the search (for EB at most) and of the final training that the run will take."""
+    if uses_early_bird(args.method):
+        return args.end_iter, args.end_iter
+    level = args.end_iter - args.rewinding_epoch
+    if uses_early_time(args.method):
+        start = max(args.rewinding_epoch, args.early_time_epoch)
+        return start + args.sparsity_round * level, len(args.evaluate_levels) * level
+    return args.rewinding_epoch + (args.sparsity_round + 1) * level, 0

@@ -1,0 +1,367 @@
+"""The run folder: what a run is called, what it wrote, and how it goes on.
+
+A script is resumed by running it again. It takes the same path; ``fit`` reads finished stages back from their
+checkpoints and goes on with the interrupted one, so all that the script derives from the weights comes out the same.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import deque
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .files import TEMPORARY, read_json, read_tensors, write_json, write_tensors, write_text
+from .flags import planned_epochs, reported_levels
+from .masks import Mask, emptied_layers, layer_sparsity, sparsity
+
+FORMAT = 1
+PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "safetensors")
+MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "restart")  # where things are, not what is done
+
+
+class Run:
+    """One run's folder, ``<output_dir>/<exp_name>/<dataset>-<arch>-round<N>``.
+
+    Args:
+        args: the checked flags.
+
+    Raises:
+        InputError: the folder holds a run with other flags (named in the message), or one that cannot be read.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.folder = Path(args.output_dir) / args.exp_name / f"{args.dataset}-{args.arch}-round{args.round}"
+        self.seed = int(np.random.SeedSequence([args.seed, args.round]).generate_state(1)[0])
+        if args.restart:
+            self._clear()
+        flags = {name: value for name, value in vars(args).items() if name != "restart"}
+        if self._path("args.json").exists():
+            self._refuse_other(flags)
+        elif any(self._path(name).exists() for name in ("metrics.jsonl", "results.json", "checkpoints", "tickets")):
+            raise InputError(f"{self.folder} holds a run without args.json: use another --exp_name, or --restart")
+        else:
+            write_json(self._path("args.json"), flags | _circumstances(self.seed))
+        for leftover in self.folder.rglob(f"*{TEMPORARY}"):
+            leftover.unlink()
+        self.rows = self._read_rows()
+        self.results = self._read_results()
+
+    # --- going on ------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, stage: str) -> Path:
+        """File of a stage's checkpoint."""
+        return self.folder / "checkpoints" / f"{stage}.safetensors"
+
+    def generator(self, level: int, epoch: int) -> torch.Generator:
+        """CPU generator of an epoch; it depends on ``--seed``, ``--round``, the level and the epoch alone."""
+        state = np.random.SeedSequence([self.seed, level, epoch]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+    def once(self, key: str, compute):
+        """A small value that is decided once: ``compute()``, noted in the log, and read back from there ever after."""
+        for row in self.rows:
+            if key in row:
+                return row[key]
+        value = compute()
+        self.note(**{key: value})
+        return value
+
+    @property
+    def finished(self) -> bool:
+        return [row["level"] for row in self.results] == reported_levels(self.args)
+
+    # --- what is written -----------------------------------------------------------------------------------------
+
+    def log_epoch(self, **row) -> None:
+        """Add an epoch's row to ``metrics.jsonl``."""
+        self.rows.append(row)
+        self._write_rows()
+
+    def note(self, **fields) -> None:
+        """Add fields to the row of the newest epoch."""
+        self.rows[-1].update(fields)
+        self._write_rows()
+
+    def drop_rows(self, phase: str, level: int, epochs: range) -> None:
+        """Forget epochs that no checkpoint holds, and all that came after them: they are about to be run again."""
+        for index, row in enumerate(self.rows):
+            if row["phase"] == phase and row["level"] == level and row["epoch"] in epochs:
+                del self.rows[index:]
+                return
+
+    def save_ticket(self, level: int, mask: Mask, weights: dict[str, Tensor]) -> None:
+        """Write ``tickets/level_NN.safetensors``, the mask and the weights to start from; a layer that is left without
+        weights is named in a warning. A ticket that is there already is only checked.
+
+        Raises:
+            InputError: the ticket on disk is damaged or another one.
+        """
+        empty = emptied_layers(mask)
+        if empty:
+            print(f"warning: at level {level} no weight is left in {', '.join(empty)}: no signal passes", file=sys.stderr)
+        path = self.ticket_path(level)
+        if path.exists():
+            on_disk, _, _ = load_ticket(path)
+            if any(not torch.equal(on_disk[name], mask[name].cpu()) for name in mask):
+                raise InputError(f"{path} is not the ticket that this run found: remove it to have it written again")
+            return
+        names = ("method", "dataset", "arch", "neuron", "width", "seed", "round", "end_iter", "rewinding_epoch")
+        origin = {name: getattr(self.args, name) for name in names}
+        origin |= {
+            "format": FORMAT,
+            "level": level,
+            "sparsity": 100 * sparsity(mask),
+            "timesteps": self.args.timestep,
+            "search_timesteps": self.search_timesteps,
+        }
+        tensors = {f"mask.{name}": m for name, m in mask.items()}
+        write_tensors(path, tensors | {f"weights.{name}": w for name, w in weights.items()}, origin)
+
+    def ticket_path(self, level: int) -> Path:
+        return self.folder / "tickets" / f"level_{level:02d}.safetensors"
+
+    def save_result(self, level: int, mask: Mask, model: nn.Module, **more) -> None:
+        """Write the row of a trained ticket to ``results.json``, from the log.
+
+        What a ticket cost is everything that was trained at fewer prunings to find it; its own training is not counted
+        (Table 1). Accuracy is that of the last epoch.
+        """
+        own = [row for row in self.rows if row["level"] == level and row["phase"] == "train"]
+        own = own or [row for row in self.rows if row["level"] == level]
+        search = [row for row in self.rows if row["level"] < level and row["phase"] != "train"]
+        result = {
+            "method": self.args.method,
+            "dataset": self.args.dataset,
+            "arch": self.args.arch,
+            "round": self.args.round,
+            "level": level,
+            "sparsity": 100 * sparsity(mask),
+            "sparsity_all_parameters": 100 * sparsity(mask, sum(p.numel() for p in model.parameters())),
+            "timesteps": self.args.timestep,
+            "search_timesteps": self.search_timesteps,
+            "test_accuracy": own[-1]["test_accuracy"],
+            "best_test_accuracy": max(row["test_accuracy"] for row in own if row["test_accuracy"] is not None),
+            "search_seconds": sum(row["seconds"] for row in search),
+            "search_epochs": len(search),
+            "search_timestep_epochs": sum(row["timesteps"] for row in search),
+            "train_seconds": sum(row["seconds"] for row in own),
+            "layers": {name: 100 * value for name, value in layer_sparsity(mask).items()},
+            **more,
+        }
+        others = [row for row in self.results if row["level"] != level]
+        self.results = sorted([*others, result], key=lambda row: row["level"])
+        write_json(self._path("results.json"), self.results)
+
+    @property
+    def search_timesteps(self) -> int:
+        """T_early once it is chosen, T before and without it."""
+        return next((row["early_time"] for row in self.rows if "early_time" in row), self.args.timestep)
+
+    # --- what is shown -------------------------------------------------------------------------------------------
+
+    def time_left(self, phase: str, timesteps: int, seconds_per_epoch: float) -> float:
+        """Seconds that the whole run still takes at this pace, the current epoch not begun; for EB at most."""
+        search, train = planned_epochs(self.args)
+        done = sum(row["phase"] == "train" for row in self.rows)
+        search = 0 if phase == "train" else search - (len(self.rows) - done)
+        return seconds_per_epoch * (search + (train - done) * self.args.timestep / timesteps)
+
+    def report_epoch(self, title: str, images_per_second: float) -> None:
+        """Print one line on the newest epoch."""
+        row = self.rows[-1]
+        tested = "" if row["test_accuracy"] is None else f", test {row['test_accuracy']:.2f} %"
+        left = self.time_left(row["phase"], row["timesteps"], row["seconds"])
+        print(
+            f"{title}  lr {row['lr']:.4f}  loss {row['loss']:.4f}  train {row['train_accuracy']:.2f} %{tested}  "
+            f"{images_per_second:.0f} images/s  {clock(left)} left",
+            flush=True,
+        )
+
+    def report_finished(self) -> None:
+        """Say that nothing is left to do, check the tickets, and print the table again."""
+        for level in reported_levels(self.args):
+            load_ticket(self.ticket_path(level))
+        print("this run is finished; --restart deletes it and starts over")
+        self.report()
+
+    def report(self) -> None:
+        """Print what the run found: a table of its tickets, and where they are."""
+        print(f"\n{self.args.method} on {self.args.dataset}, {self.args.arch}, round {self.args.round}")
+        print(results_table(self.results))
+        for row in self.results:
+            if row.get("settled") is False:
+                print(f"note: no mask settled within {row['search_epochs']} epochs; the ticket is the last mask")
+            print(f"ticket: {self.ticket_path(row['level'])}")
+        print(f"run folder: {self.folder}")
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
+
+    def _clear(self) -> None:
+        for name in ("args.json", "metrics.jsonl", "results.json"):
+            self._path(name).unlink(missing_ok=True)
+        for name in ("tickets", "checkpoints"):
+            if self._path(name).exists():
+                shutil.rmtree(self._path(name))
+
+    def _refuse_other(self, flags: dict) -> None:
+        path = self._path("args.json")
+        remedy = "use another --exp_name, or --restart to delete that run and start over"
+        before = read_json(path, remedy)
+        if not isinstance(before, dict):
+            raise InputError(f"{path} is damaged (no JSON object): {remedy}")
+        # through JSON, so that what is compared has the same types
+        now = json.loads(json.dumps(flags))
+        differ = [name for name in now if name not in MAY_DIFFER and before.get(name, _ABSENT) != now[name]]
+        if differ:
+            changes = ", ".join(f"--{name} was {before.get(name, 'not there')}, now {now[name]}" for name in differ)
+            raise InputError(f"{self.folder} holds a run with other flags ({changes}): {remedy}")
+        versions = _circumstances(self.seed)["versions"]
+        if before.get("versions") != versions:
+            print(f"note: {self.folder} was begun with {before.get('versions')}, goes on with {versions}", file=sys.stderr)
+
+    def _read_rows(self) -> list[dict]:
+        path = self._path("metrics.jsonl")
+        if not path.exists():
+            return []
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for row in rows:
+                row["phase"], row["level"] + 0, row["epoch"] + 0, row["timesteps"] + 0, row["seconds"] + 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}): --restart starts the run over") from error
+        return rows
+
+    def _write_rows(self) -> None:
+        write_text(self._path("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def _read_results(self) -> list[dict]:
+        path = self._path("results.json")
+        if not path.exists():
+            return []
+        remedy = "remove it, the next run writes it again"
+        results = read_json(path, remedy)
+        if not isinstance(results, list) or not all(isinstance(row, dict) and RESULT_FIELDS <= row.keys() for row in results):
+            raise InputError(f"{path} is damaged (no list of results): {remedy}")
+        return results
+
+
+_ABSENT = object()
+RESULT_FIELDS = {
+    "level", "sparsity", "sparsity_all_parameters", "timesteps", "search_timesteps", "test_accuracy",
+    "best_test_accuracy", "search_seconds", "search_epochs", "search_timestep_epochs",
+}
+
+
+def results_table(results: list[dict]) -> str:
+    """The rows of ``results.json`` as a table; percents as in the paper, search cost without the final training."""
+    header = ("level", "sparsity %", "of all %", "T", "search T", "accuracy %", "best %", "search epochs", "x T", "search s")
+    lines = [header]
+    for row in results:
+        lines.append((
+            f"{row['level']}", f"{row['sparsity']:.2f}", f"{row['sparsity_all_parameters']:.2f}", f"{row['timesteps']}",
+            f"{row['search_timesteps']}", f"{row['test_accuracy']:.2f}", f"{row['best_test_accuracy']:.2f}",
+            f"{row['search_epochs']}", f"{row['search_timestep_epochs']}", f"{row['search_seconds']:.1f}",
+        ))  # fmt: skip
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _circumstances(seed: int) -> dict:
+    """What a result depends on beside the flags."""
+    folder = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "effective_seed": seed,
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
+        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "git_commit": commit.stdout.strip() or None,
+    }
+
+
+def save_checkpoint(
+    path: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, recent: "deque[Mask] | tuple" = ()
+) -> None:
+    """Write a checkpoint: tensors and numbers, nothing pickled.
+
+    Args:
+        path: the file.
+        epoch: epochs of the schedule that are done.
+        model: its parameters and statistics.
+        optimizer: its state, or None where nothing is left to train.
+        recent: the masks of the last epochs of an Early-Bird search.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if optimizer is not None:
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items() if tensor is not None}
+    for position, mask in enumerate(recent):
+        tensors |= {f"recent.{position}.{name}": m for name, m in mask.items()}
+    write_tensors(path, tensors, {"format": FORMAT, "epoch": epoch, "masks": len(recent)})
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recent: "deque[Mask] | None" = None
+) -> int:
+    """Read a checkpoint into model, optimizer and recent masks, in place; the number of epochs done.
+
+    Raises:
+        InputError: the file is damaged or does not fit the network.
+    """
+    remedy = "remove it to train this stage again, or use --restart"
+    tensors, metadata = read_tensors(path, remedy)
+    try:
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format {metadata['format']}, this program reads {FORMAT}")
+        model.load_state_dict(_part(tensors, "model."))
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _part(tensors, "optimizer.").items():
+            index, key = name.split(".")
+            states.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        if recent is not None:
+            device = next(model.parameters()).device
+            recent.extend(
+                {name: m.to(device) for name, m in _part(tensors, f"recent.{position}.").items()}
+                for position in range(metadata["masks"])
+            )
+        return metadata["epoch"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit this run ({str(error).splitlines()[0]}): {remedy}") from error
+
+
+def load_ticket(path: Path) -> tuple[Mask, dict[str, Tensor], dict]:
+    """Read a ticket: its mask, the weights to start from (a state dict), and where it comes from.
+
+    Raises:
+        InputError: the file is damaged or not a ticket.
+    """
+    remedy = "remove it and run the command that made it again"
+    tensors, origin = read_tensors(path, remedy)
+    mask, weights = _part(tensors, "mask."), _part(tensors, "weights.")
+    if not mask or any(m.dtype != torch.bool for m in mask.values()) or not mask.keys() <= weights.keys():
+        raise InputError(f"{path} is not a ticket (a bool mask, and weights for each of its entries): {remedy}")
+    return mask, weights, origin
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

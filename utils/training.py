@@ -1,0 +1,196 @@
+"""Training and evaluation: everything a script calls that is not its method."""
+
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .data import Data, Split
+from .errors import DivergedError
+from .masks import Mask, prunable
+from .runs import Run, clock, load_checkpoint, save_checkpoint
+
+EVALUATION_BATCH = 500
+SECONDS_BETWEEN_READS = 0.5  # a read of the loss waits for the device
+
+
+def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+    """A fresh optimizer without momentum, the weight decay on all parameters (section 4.1)."""
+    if args.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    return torch.optim.SGD(
+        model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
+    )
+
+
+def learning_rate(args, epoch: int) -> float:
+    """Learning rate of an absolute epoch, 0 .. ``args.end_iter`` - 1, the same in every level.
+
+    ``cosine`` falls from ``args.learning_rate`` and would reach 0 at ``end_iter``; ``step`` divides by 10 after half
+    and after three quarters of the epochs.
+    """
+    if args.scheduler == "cosine":
+        return args.learning_rate * (1 + math.cos(math.pi * epoch / args.end_iter)) / 2
+    milestones = (args.end_iter // 2, args.end_iter * 3 // 4)
+    return args.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in milestones)
+
+
+def loss_over_time(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each timestep's logits [T,B,classes], averaged over the timesteps that were run and the batch."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(len(logits)))
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    args,
+    optimizer: torch.optim.Optimizer,
+    mask: Mask,
+    epochs: range,
+    timesteps: int,
+    run: Run,
+    phase: str = "search",
+    level: int = 0,
+    checkpoint: Path | None = None,
+) -> None:
+    """Train for a range of epochs of the one absolute schedule; pruned weights are exactly 0 after every step.
+
+    An epoch's order and augmentation depend on the seed, the level and the epoch alone. With a checkpoint, training
+    goes on from it, and a range that it has finished is read back instead.
+
+    Args:
+        model: trained in place.
+        data: its training split is trained on, its test split measured every ``args.valid_freq`` epochs.
+        args: the flags of the script.
+        optimizer: of the model's parameters; its learning rate is set here.
+        mask: what the ticket keeps.
+        epochs: absolute epochs.
+        timesteps: number of timesteps T of every forward pass.
+        run: where the epochs are logged.
+        phase: ``dense``, ``search`` or ``train``, for the log.
+        level: prunings behind ``mask``.
+        checkpoint: file to go on from and to write after every epoch.
+
+    Raises:
+        DivergedError: the loss is not finite; the checkpoint of the epoch before stays.
+    """
+    first = epochs.start
+    if checkpoint is not None and checkpoint.exists():
+        first = load_checkpoint(checkpoint, model, optimizer)
+    run.drop_rows(phase, level, range(first, epochs.stop))
+    weights = prunable(model)
+    pruned = [name for name in mask if not mask[name].all()]
+    update = _Update(optimizer, [weights[name] for name in pruned], [mask[name].float() for name in pruned])
+    for epoch in range(first, epochs.stop):
+        update.set_learning_rate(learning_rate(args, epoch))
+        title = f"{phase} level {level} epoch {epoch + 1}/{args.end_iter} T={timesteps}"
+        started = time.perf_counter()
+        batches = data.train.augmented_batches(args.batch_size, run.generator(level, epoch))
+        left = partial(run.time_left, phase, timesteps)
+        loss, accuracy = _train_epoch(model, batches, len(data.train), update, timesteps, args, title, left)
+        seconds = time.perf_counter() - started
+        last = epoch + 1 == args.end_iter
+        tested = last or (epoch + 1) % args.valid_freq == 0
+        run.log_epoch(
+            phase=phase,
+            level=level,
+            epoch=epoch,
+            timesteps=timesteps,
+            lr=update.learning_rate,
+            loss=loss,
+            train_accuracy=accuracy,
+            test_accuracy=evaluate(model, data.test, timesteps, args.precision) if tested else None,
+            seconds=seconds,
+        )
+        run.report_epoch(title, images_per_second=len(data.train) / seconds)
+        if checkpoint is not None:
+            # the last epoch of the schedule leaves nothing to go on with
+            save_checkpoint(checkpoint, epoch + 1, model, None if last else optimizer)
+
+
+class _Update:
+    """An optimizer step that keeps the pruned weights at 0."""
+
+    def __init__(self, optimizer, weights: list[Tensor], keep: list[Tensor]):
+        self.optimizer = optimizer
+        self.weights = [weight.detach() for weight in weights]  # shares the parameter's memory
+        self.keep = keep
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def __call__(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if self.weights:
+            torch._foreach_mul_(self.weights, self.keep)
+
+
+def _train_epoch(model, batches, images, update, timesteps, args, title, time_left) -> tuple[float, float]:
+    """One pass over the training images: mean loss, and accuracy in % on the augmented images."""
+    model.train()
+    device = torch.device(args.device)
+    losses = torch.zeros(math.ceil(images / args.batch_size), device=device)  # summed over each batch
+    correct = torch.zeros((), dtype=torch.long, device=device)
+    seen, started = 0, time.monotonic()
+    next_read = started + SECONDS_BETWEEN_READS
+    with tqdm(total=images, desc=title, unit="image", leave=False, file=sys.stdout, disable=None) as bar:
+        for step, (inputs, labels) in enumerate(batches):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                logits = model(inputs, timesteps)
+            loss = loss_over_time(logits, labels)
+            update(loss)
+            losses[step] = loss.detach() * len(labels)
+            correct += (logits.detach().mean(0).argmax(-1) == labels).sum()
+            seen += len(labels)
+            bar.update(len(labels))
+            now = time.monotonic()
+            if now > next_read:
+                _check_finite(losses, title, update.learning_rate)
+                elapsed = now - started
+                left = clock(time_left(elapsed * images / seen) - elapsed)
+                loss, accuracy = losses.sum().item() / seen, 100 * correct.item() / seen
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %, run {left} left")
+                next_read = now + SECONDS_BETWEEN_READS
+    _check_finite(losses, title, update.learning_rate)
+    return losses.sum().item() / images, 100 * correct.item() / images
+
+
+def _check_finite(losses: Tensor, title: str, rate: float) -> None:
+    if not losses.isfinite().all():
+        step = int((~losses.isfinite()).nonzero()[0])
+        raise DivergedError(
+            f"the loss is not finite in {title}, step {step}, learning rate {rate:.4g}; "
+            "the checkpoint of the epoch before is kept; try a lower --learning_rate in a run of its own (--exp_name)"
+        )
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, split: Split, timesteps: int, precision: str = "fp32") -> Tensor:
+    """Logits fp32 [T,N,classes] of un-augmented images in eval mode; the model's statistics do not change."""
+    training = model.training
+    model.eval()
+    logits = []
+    for inputs, _ in split.batches(EVALUATION_BATCH):
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits.append(model(inputs, timesteps).float())
+    model.train(training)
+    return torch.cat(logits, dim=1)
+
+
+def evaluate(model: nn.Module, split: Split, timesteps: int, precision: str = "fp32") -> float:
+    """Accuracy in %: the prediction is the argmax of the logits' mean over the timesteps."""
+    logits = predict(model, split, timesteps, precision)
+    return 100 * (logits.mean(0).argmax(-1) == split.labels).double().mean().item()
