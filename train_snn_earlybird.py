@@ -28,6 +28,7 @@ def main(argv=None):
     if run.finished:
         return run.report_finished()
     data = load_data(args)
+    run.begin()
     torch.manual_seed(run.seed)
     model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
     model.to(args.device)

@@ -119,10 +119,7 @@ def load_data(args) -> Data:
         arrays = _image_folder(*tree, spec.channels)
     else:
         arrays = _torchvision(args.dataset, Path(args.data_dir))
-    train, test = (
-        Split(_at_least(images, SMALLEST), labels.long(), spec).to(args.device)
-        for images, labels in arrays
-    )
+    train, test = (Split(_at_least(images, SMALLEST), labels.long(), spec).to(args.device) for images, labels in arrays)
     classes = int(train.labels.max()) + 1
     probe = train = _balanced_part(train, args.train_samples, "--train_samples")
     if args.early_time_samples < len(train):
@@ -269,9 +266,7 @@ def _cached(folder: Path, channels: int) -> tuple[Tensor, Tensor, list[str]]:
     samples, classes = _list_images(folder)
     images, labels = _decode(samples, channels)
     try:
-        write_tensors(
-            cache, {"images": images, "labels": labels}, {"fingerprint": fingerprint, "classes": classes}
-        )
+        write_tensors(cache, {"images": images, "labels": labels}, {"fingerprint": fingerprint, "classes": classes})
     except OSError as error:
         print(f"note: {folder} is decoded again next time, its cache cannot be written ({error})")
     return images, labels, classes

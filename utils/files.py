@@ -72,7 +72,8 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
         metadata = json.loads(header["metadata"])
         if header["checksum"] != _checksum(tensors):
             raise ValueError("its checksum does not match")

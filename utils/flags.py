@@ -78,77 +78,208 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
     data = parser.add_argument_group("data")
     add(data, "--dataset", choices=DATASETS, default="cifar10", help="data set")
     add(data, "--data_dir", default="dataset/", metavar="DIR", help="folder that holds or receives the data sets")
-    add(data, "--train_samples", type=_positive_int, metavar="N", shown="all",
-        help="train on a fixed, class-balanced part of this many images")
-    add(data, "--test_samples", type=_positive_int, metavar="N", shown="all",
-        help="test on a fixed, class-balanced part of this many images")
+    add(
+        data,
+        "--train_samples",
+        type=_positive_int,
+        metavar="N",
+        shown="all",
+        help="train on a fixed, class-balanced part of this many images",
+    )
+    add(
+        data,
+        "--test_samples",
+        type=_positive_int,
+        metavar="N",
+        shown="all",
+        help="test on a fixed, class-balanced part of this many images",
+    )
 
     network = parser.add_argument_group("network")
     add(network, "--arch", choices=ARCHITECTURES, default="vgg16", help="network")
-    add(network, "--width", type=_positive, default=1.0, metavar="FACTOR",
-        help="factor on the channels of every hidden layer")
-    add(network, "--neuron", choices=NEURONS, default="lif",
-        help="lif, or relu for the ANN of the same shape (which needs only --timestep 1)")
+    add(
+        network,
+        "--width",
+        type=_positive,
+        default=1.0,
+        metavar="FACTOR",
+        help="factor on the channels of every hidden layer",
+    )
+    add(
+        network,
+        "--neuron",
+        choices=NEURONS,
+        default="lif",
+        help="lif, or relu for the ANN of the same shape (which needs only --timestep 1)",
+    )
     add(network, "--timestep", type=_positive_int, default=5, metavar="T", help="timesteps an image is shown for")
-    add(network, "--batch_norm", choices=BATCH_NORMS, default="per_timestep",
-        help="where batch norm takes its training statistics from")
+    add(
+        network,
+        "--batch_norm",
+        choices=BATCH_NORMS,
+        default="per_timestep",
+        help="where batch norm takes its training statistics from",
+    )
 
     training = parser.add_argument_group("training")
     add(training, "--optimizer", choices=("sgd", "adam"), default="sgd", help="optimizer")
-    add(training, "--scheduler", choices=("cosine", "step"), default="cosine",
-        help="learning rate over the epochs: cosine to 0, or a tenth after 1/2 and again after 3/4 of them")
+    add(
+        training,
+        "--scheduler",
+        choices=("cosine", "step"),
+        default="cosine",
+        help="learning rate over the epochs: cosine to 0, or a tenth after 1/2 and again after 3/4 of them",
+    )
     add(training, "--batch_size", type=_positive_int, default=128, metavar="N", help="images per step")
     add(training, "--learning_rate", type=_positive, default=0.3, metavar="RATE", help="learning rate of epoch 0")
-    add(training, "--momentum", type=_number(float, low=0, high=1, high_open=True), default=0.9, metavar="M",
-        help="momentum of sgd")
-    add(training, "--weight_decay", "--weight-decay", type=_not_negative, default=5e-4, metavar="W",
-        help="L2 penalty on all parameters")
-    add(training, "--end_iter", type=_positive_int, metavar="EPOCHS",
+    add(
+        training,
+        "--momentum",
+        type=_number(float, low=0, high=1, high_open=True),
+        default=0.9,
+        metavar="M",
+        help="momentum of sgd",
+    )
+    add(
+        training,
+        "--weight_decay",
+        "--weight-decay",
+        type=_not_negative,
+        default=5e-4,
+        metavar="W",
+        help="L2 penalty on all parameters",
+    )
+    add(
+        training,
+        "--end_iter",
+        type=_positive_int,
+        metavar="EPOCHS",
         shown=", ".join(f"{name} {spec.epochs}" for name, spec in DATASETS.items()),
-        help="epochs of one training from the first to the last")
-    add(training, "--valid_freq", type=_positive_int, default=50, metavar="EPOCHS",
-        help="test every so many epochs, and after the last")
+        help="epochs of one training from the first to the last",
+    )
+    add(
+        training,
+        "--valid_freq",
+        type=_positive_int,
+        default=50,
+        metavar="EPOCHS",
+        help="test every so many epochs, and after the last",
+    )
 
     pruning = parser.add_argument_group("pruning")
-    add(pruning, "--prune_percent", type=_number(float, low=0, high=100, low_open=True, high_open=True), default=25.0,
-        metavar="PERCENT", help="share of the surviving weights that one pruning takes")
-    add(pruning, "--prune_iterations", type=_positive_int, default=15, metavar="K",
-        help="trainings of a whole IMP search; K - 1 prunings lie between them")
+    add(
+        pruning,
+        "--prune_percent",
+        type=_number(float, low=0, high=100, low_open=True, high_open=True),
+        default=25.0,
+        metavar="PERCENT",
+        help="share of the surviving weights that one pruning takes",
+    )
+    add(
+        pruning,
+        "--prune_iterations",
+        type=_positive_int,
+        default=15,
+        metavar="K",
+        help="trainings of a whole IMP search; K - 1 prunings lie between them",
+    )
     add(pruning, "--pruning_scope", choices=SCOPES, default="global", help="rank weights in the network or per layer")
-    add(pruning, "--sparsity_round", type=_whole, metavar="R",
+    add(
+        pruning,
+        "--sparsity_round",
+        type=_whole,
+        metavar="R",
         shown=f"K - 1 for IMP; {DEFAULT_EARLY_BIRD_ROUND}, or K - 1 if that is less, for EB",
-        help="prune to the sparsity that R prunings reach")
-    add(pruning, "--rewinding_epoch", type=_whole, default=20, metavar="EPOCHS",
-        help="IMP: epochs of training that a rewound network keeps, 0 for its initial weights")
+        help="prune to the sparsity that R prunings reach",
+    )
+    add(
+        pruning,
+        "--rewinding_epoch",
+        type=_whole,
+        default=20,
+        metavar="EPOCHS",
+        help="IMP: epochs of training that a rewound network keeps, 0 for its initial weights",
+    )
 
     early_bird = parser.add_argument_group("Early-Bird (EB scripts)")
-    add(early_bird, "--eb_window", type=_positive_int, default=5, metavar="Q",
-        help="masks of earlier epochs that the current one is compared with")
-    add(early_bird, "--eb_tolerance", type=_number(float, low=0, high=1), metavar="TAU",
+    add(
+        early_bird,
+        "--eb_window",
+        type=_positive_int,
+        default=5,
+        metavar="Q",
+        help="masks of earlier epochs that the current one is compared with",
+    )
+    add(
+        early_bird,
+        "--eb_tolerance",
+        type=_number(float, low=0, high=1),
+        metavar="TAU",
         shown=", ".join(f"{tolerance} for {kind}" for kind, tolerance in TOLERANCES.items()),
-        help="a mask has settled when all distances in the window are below this fraction")
-    add(early_bird, "--eb_distance", choices=DISTANCES, default="hamming",
-        help="differing entries over all entries, or over those that either mask keeps")
+        help="a mask has settled when all distances in the window are below this fraction",
+    )
+    add(
+        early_bird,
+        "--eb_distance",
+        choices=DISTANCES,
+        default="hamming",
+        help="differing entries over all entries, or over those that either mask keeps",
+    )
 
     early_time = parser.add_argument_group("Early-Time (ET scripts)")
-    add(early_time, "--early_time_epoch", type=_positive_int, default=2, metavar="EPOCHS",
-        help="epochs of training at T before the timesteps of the search are chosen")
-    add(early_time, "--early_time_threshold", type=_not_negative, default=0.6, metavar="LAMBDA",
-        help="search with the fewest timesteps whose normalised divergence is below this; 0 keeps T")
-    add(early_time, "--early_time_samples", type=_positive_int, default=1000, metavar="N",
-        help="training images that the divergence is measured on; all, if there are fewer")
-    add(early_time, "--evaluate_levels", type=_whole, nargs="+", metavar="R", shown="the last",
-        help="IMP + ET: levels, as numbers of prunings, whose tickets are trained at T")
+    add(
+        early_time,
+        "--early_time_epoch",
+        type=_positive_int,
+        default=2,
+        metavar="EPOCHS",
+        help="epochs of training at T before the timesteps of the search are chosen",
+    )
+    add(
+        early_time,
+        "--early_time_threshold",
+        type=_not_negative,
+        default=0.6,
+        metavar="LAMBDA",
+        help="search with the fewest timesteps whose normalised divergence is below this; 0 keeps T",
+    )
+    add(
+        early_time,
+        "--early_time_samples",
+        type=_positive_int,
+        default=1000,
+        metavar="N",
+        help="training images that the divergence is measured on; all, if there are fewer",
+    )
+    add(
+        early_time,
+        "--evaluate_levels",
+        type=_whole,
+        nargs="+",
+        metavar="R",
+        shown="the last",
+        help="IMP + ET: levels, as numbers of prunings, whose tickets are trained at T",
+    )
 
     run = parser.add_argument_group("run")
     add(run, "--seed", type=_whole, default=1234, metavar="N", help="fixes all that is random, together with --round")
     add(run, "--round", type=_positive_int, default=1, metavar="N", help="repetition, for mean and deviation")
     add(run, "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
-    add(run, "--precision", choices=("fp32", "bf16"), shown="bf16 on CUDA, fp32 on the CPU",
-        help="arithmetic of the forward pass (bf16: autocast; membranes and weights stay fp32)")
+    add(
+        run,
+        "--precision",
+        choices=("fp32", "bf16"),
+        shown="bf16 on CUDA, fp32 on the CPU",
+        help="arithmetic of the forward pass (bf16: autocast; membranes and weights stay fp32)",
+    )
     add(run, "--output_dir", default="runs", metavar="DIR", help="folder that holds all runs")
-    add(run, "--exp_name", shown="the script's name without train_snn_", metavar="NAME",
-        help="name of the experiment: the run is OUTPUT_DIR/NAME/DATASET-ARCH-roundN")
+    add(
+        run,
+        "--exp_name",
+        shown="the script's name without train_snn_",
+        metavar="NAME",
+        help="name of the experiment: the run is OUTPUT_DIR/NAME/DATASET-ARCH-roundN",
+    )
     run.add_argument("--restart", action="store_true", help="delete what an earlier run left in the folder, start over")
     return parser
 

@@ -24,7 +24,8 @@ from .masks import Mask, emptied_layers, layer_sparsity, sparsity
 
 FORMAT = 1
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "safetensors")
-MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "restart")  # where things are, not what is done
+WRITTEN = ("args.json", "metrics.jsonl", "results.json", "tickets", "checkpoints")
+MAY_DIFFER = ("output_dir", "exp_name", "data_dir")  # where things are, not what is done
 
 
 class Run:
@@ -41,19 +42,25 @@ class Run:
         self.args = args
         self.folder = Path(args.output_dir) / args.exp_name / f"{args.dataset}-{args.arch}-round{args.round}"
         self.seed = int(np.random.SeedSequence([args.seed, args.round]).generate_state(1)[0])
+        self.rows, self.results = [], []
         if args.restart:
-            self._clear()
-        flags = {name: value for name, value in vars(args).items() if name != "restart"}
+            return
         if self._path("args.json").exists():
-            self._refuse_other(flags)
-        elif any(self._path(name).exists() for name in ("metrics.jsonl", "results.json", "checkpoints", "tickets")):
+            self._refuse_other()
+            self.rows, self.results = self._read_rows(), self._read_results()
+        elif any(self._path(name).exists() for name in WRITTEN):
             raise InputError(f"{self.folder} holds a run without args.json: use another --exp_name, or --restart")
-        else:
-            write_json(self._path("args.json"), flags | _circumstances(self.seed))
+
+    def begin(self) -> None:
+        """Make the folder ready to be written to. Call it once nothing the user gave can turn out wrong any more: with
+        ``--restart`` this is where an earlier run is deleted."""
+        if self.args.restart:
+            for name in WRITTEN:
+                _delete(self._path(name))
+        if not self._path("args.json").exists():
+            write_json(self._path("args.json"), self._flags() | _circumstances(self.seed))
         for leftover in self.folder.rglob(f"*{TEMPORARY}"):
             leftover.unlink()
-        self.rows = self._read_rows()
-        self.results = self._read_results()
 
     # --- going on ------------------------------------------------------------------------------------------------
 
@@ -107,7 +114,9 @@ class Run:
         """
         empty = emptied_layers(mask)
         if empty:
-            print(f"warning: at level {level} no weight is left in {', '.join(empty)}: no signal passes", file=sys.stderr)
+            print(
+                f"warning: at level {level} no weight is left in {', '.join(empty)}: no signal passes", file=sys.stderr
+            )
         path = self.ticket_path(level)
         if path.exists():
             on_disk, _, _ = load_ticket(path)
@@ -208,28 +217,26 @@ class Run:
     def _path(self, name: str) -> Path:
         return self.folder / name
 
-    def _clear(self) -> None:
-        for name in ("args.json", "metrics.jsonl", "results.json"):
-            self._path(name).unlink(missing_ok=True)
-        for name in ("tickets", "checkpoints"):
-            if self._path(name).exists():
-                shutil.rmtree(self._path(name))
+    def _flags(self) -> dict:
+        return {name: value for name, value in vars(self.args).items() if name != "restart"}
 
-    def _refuse_other(self, flags: dict) -> None:
+    def _refuse_other(self) -> None:
         path = self._path("args.json")
         remedy = "use another --exp_name, or --restart to delete that run and start over"
         before = read_json(path, remedy)
         if not isinstance(before, dict):
             raise InputError(f"{path} is damaged (no JSON object): {remedy}")
         # through JSON, so that what is compared has the same types
-        now = json.loads(json.dumps(flags))
+        now = json.loads(json.dumps(self._flags()))
         differ = [name for name in now if name not in MAY_DIFFER and before.get(name, _ABSENT) != now[name]]
         if differ:
             changes = ", ".join(f"--{name} was {before.get(name, 'not there')}, now {now[name]}" for name in differ)
             raise InputError(f"{self.folder} holds a run with other flags ({changes}): {remedy}")
         versions = _circumstances(self.seed)["versions"]
         if before.get("versions") != versions:
-            print(f"note: {self.folder} was begun with {before.get('versions')}, goes on with {versions}", file=sys.stderr)
+            print(
+                f"note: {self.folder} was begun with {before.get('versions')}, goes on with {versions}", file=sys.stderr
+            )
 
     def _read_rows(self) -> list[dict]:
         path = self._path("metrics.jsonl")
@@ -252,21 +259,42 @@ class Run:
             return []
         remedy = "remove it, the next run writes it again"
         results = read_json(path, remedy)
-        if not isinstance(results, list) or not all(isinstance(row, dict) and RESULT_FIELDS <= row.keys() for row in results):
+        if not isinstance(results, list) or not all(
+            isinstance(row, dict) and row.keys() >= RESULT_FIELDS for row in results
+        ):
             raise InputError(f"{path} is damaged (no list of results): {remedy}")
         return results
 
 
 _ABSENT = object()
 RESULT_FIELDS = {
-    "level", "sparsity", "sparsity_all_parameters", "timesteps", "search_timesteps", "test_accuracy",
-    "best_test_accuracy", "search_seconds", "search_epochs", "search_timestep_epochs",
+    "level",
+    "sparsity",
+    "sparsity_all_parameters",
+    "timesteps",
+    "search_timesteps",
+    "test_accuracy",
+    "best_test_accuracy",
+    "search_seconds",
+    "search_epochs",
+    "search_timestep_epochs",
 }
 
 
 def results_table(results: list[dict]) -> str:
     """The rows of ``results.json`` as a table; percents as in the paper, search cost without the final training."""
-    header = ("level", "sparsity %", "of all %", "T", "search T", "accuracy %", "best %", "search epochs", "x T", "search s")
+    header = (
+        "level",
+        "sparsity %",
+        "of all %",
+        "T",
+        "search T",
+        "accuracy %",
+        "best %",
+        "search epochs",
+        "x T",
+        "search s",
+    )
     lines = [header]
     for row in results:
         lines.append((
@@ -284,6 +312,13 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _circumstances(seed: int) -> dict:
     """What a result depends on beside the flags."""
     folder = Path(__file__).resolve().parent
@@ -299,7 +334,11 @@ def _circumstances(seed: int) -> dict:
 
 
 def save_checkpoint(
-    path: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, recent: "deque[Mask] | tuple" = ()
+    path: Path,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    recent: "deque[Mask] | tuple" = (),
 ) -> None:
     """Write a checkpoint: tensors and numbers, nothing pickled.
 

@@ -42,7 +42,7 @@ def learning_rate(args, epoch: int) -> float:
 
 
 def loss_over_time(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each timestep's logits [T,B,classes], averaged over the timesteps that were run and the batch."""
+    """Cross-entropy of each timestep's logits [T,B,classes], averaged over the timesteps run and the batch."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(len(logits)))
 
 

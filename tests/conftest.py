@@ -1,0 +1,59 @@
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.flags import METHODS, get_args
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # small tensors; CI has two cores and subprocesses to run
+
+# the smallest runs that go through everything: a few seconds for the longest script
+TINY = (
+    "--dataset synthetic --train_samples 40 --test_samples 20 --width 0.0625 --batch_size 16 --timestep 3 --end_iter 4 "
+    "--rewinding_epoch 2 --prune_iterations 3 --valid_freq 2 --learning_rate 0.1 --device cpu "
+    "--eb_window 1 --eb_tolerance 0.2 --early_time_epoch 1 --early_time_threshold 1.5 --early_time_samples 20"
+).split()
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Flags of a tiny run that writes below the test's folder."""
+    return [*TINY, "--output_dir", str(tmp_path / "runs")]
+
+
+@pytest.fixture
+def tiny_args(tiny):
+    def make(method="laterewindlth", *more):
+        return get_args(method, None, [*tiny, *more])
+
+    return make
+
+
+def script(method):
+    """The main function of a script."""
+    assert method in METHODS
+    return importlib.import_module(f"train_snn_{method}").main
+
+
+def folder_of(tmp_path, method, round=1, arch="vgg16"):
+    return tmp_path / "runs" / method / f"synthetic-{arch}-round{round}"
+
+
+def lively(model, images):
+    """Bring the running statistics close to the data's, so that an untrained network fires in eval mode, up to the
+    hidden layer of ResNet19, which no batch norm feeds."""
+    if hasattr(model, "hidden"):
+        model.hidden.weight.data.mul_(20)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 0.5
+    with torch.no_grad():
+        for _ in range(10):
+            model.train()(images, 3)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model
