@@ -18,7 +18,7 @@ from utils.early_time import divergences, early_time
 from utils.errors import one_line_errors
 from utils.flags import get_args
 from utils.masks import dense_mask, magnitude_mask, rewind, sparsity_after
-from utils.runs import Run, load_checkpoint, save_checkpoint
+from utils.runs import Run, save_checkpoint
 from utils.training import fit, make_optimizer, predict
 
 
@@ -45,9 +45,8 @@ def main(argv=None):
     initial = copy.deepcopy(model.state_dict())
     dense = dense_mask(model)
     optimizer = make_optimizer(model, args)
-    epoch, recent, timesteps = 0, recent_masks(args.eb_window), args.timestep
-    if run.checkpoint("search").exists():
-        epoch = load_checkpoint(run.checkpoint("search"), model, optimizer, recent)
+    recent, timesteps = recent_masks(args.eb_window), args.timestep
+    epoch = run.resume(run.checkpoint("search"), "search", 0, 0, model, optimizer, recent)
     while epoch < args.end_iter and not has_settled(recent, args.eb_tolerance, args.eb_distance):
         if epoch >= args.early_time_epoch:
             timesteps = run.once("early_time", choose_timesteps)

@@ -17,7 +17,7 @@ from utils.early_bird import has_settled, recent_masks, window_distance
 from utils.errors import one_line_errors
 from utils.flags import get_args
 from utils.masks import dense_mask, magnitude_mask, rewind, sparsity_after
-from utils.runs import Run, load_checkpoint, save_checkpoint
+from utils.runs import Run, save_checkpoint
 from utils.training import fit, make_optimizer
 
 
@@ -39,9 +39,8 @@ def main(argv=None):
     initial = copy.deepcopy(model.state_dict())
     dense = dense_mask(model)
     optimizer = make_optimizer(model, args)
-    epoch, recent = 0, recent_masks(args.eb_window)
-    if run.checkpoint("search").exists():
-        epoch = load_checkpoint(run.checkpoint("search"), model, optimizer, recent)
+    recent = recent_masks(args.eb_window)
+    epoch = run.resume(run.checkpoint("search"), "search", 0, 0, model, optimizer, recent)
     while epoch < args.end_iter and not has_settled(recent, args.eb_tolerance, args.eb_distance):
         train(optimizer, dense, range(epoch, epoch + 1), args.timestep)
         epoch += 1

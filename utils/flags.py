@@ -376,7 +376,7 @@ def _note_unused(args, parser, argv: list[str]) -> None:
         unused |= {"--evaluate_levels"}
     given = sorted(unused & {word.split("=")[0] for word in argv})
     if given:
-        print(f"{parser.prog}: note: {', '.join(given)} has no part in this method", file=sys.stderr)
+        print(f"{parser.prog}: note: {', '.join(given)} without effect in this method", file=sys.stderr)
 
 
 def reported_levels(args) -> list[int]:

@@ -68,6 +68,36 @@ class Run:
         """File of a stage's checkpoint."""
         return self.folder / "checkpoints" / f"{stage}.safetensors"
 
+    def resume(
+        self,
+        checkpoint: Path,
+        phase: str,
+        level: int,
+        start: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recent: "deque[Mask] | None" = None,
+    ) -> int:
+        """Read a stage's checkpoint into model, optimizer and recent masks if there is one.
+
+        Returns:
+            The epoch to go on with; ``start``, the stage's first, if there is no checkpoint.
+
+        Raises:
+            InputError: the checkpoint is damaged, does not fit, or the log lacks its epochs.
+        """
+        if not checkpoint.exists():
+            return start
+        epoch = load_checkpoint(checkpoint, model, optimizer, recent)
+        logged = [row["epoch"] for row in self.rows if (row["phase"], row["level"]) == (phase, level)]
+        missing = set(range(start, epoch)) - set(logged)
+        if missing:
+            raise InputError(
+                f"{self._path('metrics.jsonl')} is damaged (epoch {min(missing)} of {checkpoint.stem} is missing): "
+                "--restart starts the run over"
+            )
+        return epoch
+
     def generator(self, level: int, epoch: int) -> torch.Generator:
         """CPU generator of an epoch; it depends on ``--seed``, ``--round``, the level and the epoch alone."""
         state = np.random.SeedSequence([self.seed, level, epoch]).generate_state(1, np.uint64)[0]
@@ -166,9 +196,10 @@ class Run:
             "layers": {name: 100 * value for name, value in layer_sparsity(mask).items()},
             **more,
         }
-        others = [row for row in self.results if row["level"] != level]
-        self.results = sorted([*others, result], key=lambda row: row["level"])
-        write_json(self._path("results.json"), self.results)
+        if result not in self.results:
+            others = [row for row in self.results if row["level"] != level]
+            self.results = sorted([*others, result], key=lambda row: row["level"])
+            write_json(self._path("results.json"), self.results)
 
     @property
     def search_timesteps(self) -> int:

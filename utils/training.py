@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .data import Data, Split
 from .errors import DivergedError
 from .masks import Mask, prunable
-from .runs import Run, clock, load_checkpoint, save_checkpoint
+from .runs import Run, clock, save_checkpoint
 
 EVALUATION_BATCH = 500
 SECONDS_BETWEEN_READS = 0.5  # a read of the loss waits for the device
@@ -81,8 +81,8 @@ def fit(
         DivergedError: the loss is not finite; the checkpoint of the epoch before stays.
     """
     first = epochs.start
-    if checkpoint is not None and checkpoint.exists():
-        first = load_checkpoint(checkpoint, model, optimizer)
+    if checkpoint is not None:
+        first = run.resume(checkpoint, phase, level, first, model, optimizer)
     run.drop_rows(phase, level, range(first, epochs.stop))
     weights = prunable(model)
     pruned = [name for name in mask if not mask[name].all()]

@@ -1,0 +1,258 @@
+"""A run that is killed anywhere and started again ends as one that was never stopped, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, folder_of, script
+
+from utils.files import read_tensors
+from utils.flags import METHODS
+
+TIMES = {"seconds", "search_seconds", "train_seconds"}
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def contents(folder):
+    """All that a run wrote, but for the clock."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            found[name] = read_tensors(path, "")
+        elif path.name == "metrics.jsonl":
+            found[name] = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.name == "results.json":
+            found[name] = without_times(json.loads(path.read_text()))
+    return found
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, tuple):
+            (tensors, metadata), (others, other_metadata) = value, b[name]
+            assert metadata == other_metadata, name
+            assert tensors.keys() == others.keys(), name
+            for key, tensor in tensors.items():
+                assert torch.equal(tensor, others[key]), f"{name} {key}"
+        else:
+            assert value == b[name], name
+
+
+class Killed(BaseException):
+    """Nothing in the program catches it, like SIGKILL."""
+
+
+def kill_at(monkeypatch, nth, renamed):
+    """Die at the nth file, with the file written but not yet in place, or just after it came to its place."""
+    real, count = os.replace, 0
+
+    def replace(source, target):
+        nonlocal count
+        count += 1
+        if count == nth and not renamed:
+            os.truncate(source, os.path.getsize(source) // 2)
+            raise Killed
+        real(source, target)
+        if count == nth:
+            raise Killed
+
+    monkeypatch.setattr("os.replace", replace)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_any_file_and_resumed(tmp_path, tiny, monkeypatch, capsys, method, renamed):
+    main = script(method)
+    main(tiny)
+    whole = contents(folder_of(tmp_path, method))
+    # the resumed run is itself killed a few files later: a chain of kills through the whole run
+    flags = [*tiny[:-1], str(tmp_path / "killed" / "runs")]
+    for kills in range(200):
+        with monkeypatch.context() as patch:
+            kill_at(patch, 1 + kills % 6, renamed)
+            try:
+                main(flags)
+                break
+            except Killed:
+                pass
+    assert kills >= 5
+    resumed = folder_of(tmp_path / "killed", method)
+    assert_same(whole, contents(resumed))
+    assert not list(resumed.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(("method", "rows"), [("earlyT_earlybird", 1), ("earlyT_laterewindlth", 6)])
+def test_kill_9_of_the_process(tmp_path, tiny, method, rows):
+    script(method)(tiny)
+    flags = [*tiny[:-1], str(tmp_path / "killed" / "runs")]
+    folder = folder_of(tmp_path / "killed", method)
+    command = [sys.executable, ROOT / f"train_snn_{method}.py", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = folder / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= rows):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = contents(folder)
+    assert "results.json" not in done, "the process was to be killed before its end"
+    script(method)(flags)
+    assert_same(contents(folder_of(tmp_path, method)), contents(folder))
+
+
+def test_same_command_gives_the_same_weights_and_another_round_others(tmp_path, tiny):
+    method = "laterewindlth"
+    main = script(method)
+    main(tiny)
+    main([*tiny[:-1], str(tmp_path / "again" / "runs")])
+    assert_same(contents(folder_of(tmp_path, method)), contents(folder_of(tmp_path / "again", method)))
+    main([*tiny, "--round", "2"])
+    first, second = (contents(folder_of(tmp_path, method, n))["checkpoints/level_02.safetensors"][0] for n in (1, 2))
+    assert not torch.equal(first["model.stem.0.weight"], second["model.stem.0.weight"])
+
+
+def test_finished_run_says_so_and_prints_its_table_without_training(tmp_path, tiny, monkeypatch, capsys):
+    main = script("earlybird")
+    main(tiny)
+    table = capsys.readouterr().out.split("earlybird on")[1]
+    monkeypatch.setattr("train_snn_earlybird.load_data", lambda args: pytest.fail("data were loaded"))
+    before = contents(folder_of(tmp_path, "earlybird"))
+    main(tiny)
+    out = capsys.readouterr().out
+    assert "finished" in out
+    assert out.split("earlybird on")[1] == table
+    assert_same(before, contents(folder_of(tmp_path, "earlybird")))
+
+
+def test_other_flags_are_refused_by_name_and_restart_starts_over(tmp_path, tiny, capsys):
+    main = script("earlybird")
+    main(tiny)
+    folder = folder_of(tmp_path, "earlybird")
+    before = contents(folder)
+    with pytest.raises(SystemExit) as stop:
+        main([*tiny, "--learning_rate", "0.2", "--end_iter", "5"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--learning_rate was 0.1, now 0.2" in error
+    assert "--end_iter was 4, now 5" in error
+    assert "--restart" in error
+    assert "--width" not in error
+    assert_same(before, contents(folder))
+    main([*tiny, "--learning_rate", "0.2", "--restart"])
+    assert json.loads((folder / "args.json").read_text())["learning_rate"] == 0.2
+    main([*tiny, "--restart"])
+    assert_same(before, contents(folder))
+
+
+def test_restart_with_bad_data_leaves_the_earlier_run_alone(tmp_path, tiny, capsys):
+    main = script("earlybird")
+    main(tiny)
+    before = contents(folder_of(tmp_path, "earlybird"))
+    with pytest.raises(SystemExit):
+        main([*tiny, "--train_samples", "5000", "--restart"])
+    assert_same(before, contents(folder_of(tmp_path, "earlybird")))
+    assert "--train_samples must be from 1 to 1000" in capsys.readouterr().err
+
+
+def test_run_in_another_place_goes_on_there(tmp_path, tiny, monkeypatch):
+    main = script("laterewindlth")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 12, True)
+        with pytest.raises(Killed):
+            main(tiny)
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "runs").rename(moved)
+    main([*tiny[:-1], str(moved)])
+    assert not (tmp_path / "runs").exists()
+    assert len(json.loads((moved / "laterewindlth/synthetic-vgg16-round1/results.json").read_text())) == 3
+
+
+def damage_middle(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def pickle_instead(path):
+    torch.save({"epoch": 3}, path)
+
+
+SAFETENSORS = ("checkpoints/level_00.safetensors", "tickets/level_01.safetensors")
+DAMAGE = [(name, damage) for name in SAFETENSORS for damage in (damage_middle, truncate, empty, pickle_instead)]
+DAMAGE += [(name, damage) for name in ("metrics.jsonl", "args.json") for damage in (truncate, empty, pickle_instead)]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE)
+def test_damaged_file_is_named_and_nothing_is_lost(tmp_path, tiny, monkeypatch, capsys, name, damage):
+    main = script("laterewindlth")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 14, True)
+        with pytest.raises(Killed):
+            main(tiny)
+    folder = folder_of(tmp_path, "laterewindlth")
+    damage(folder / name)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(tiny)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(folder / name) in error
+    assert "damaged" in error
+    assert "remove it" in error or "--restart" in error
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_damaged_checkpoint_removed_as_told_gives_the_same_run(tmp_path, tiny):
+    main = script("laterewindlth")
+    main(tiny)
+    folder = folder_of(tmp_path, "laterewindlth")
+    whole = contents(folder)
+    (folder / "results.json").unlink()
+    (folder / "checkpoints" / "level_02.safetensors").unlink()
+    main(tiny)
+    assert_same(whole, contents(folder))
+
+
+def test_checkpoint_of_another_network_is_refused(tmp_path, tiny, capsys):
+    main = script("earlybird")
+    main(tiny)
+    main([*tiny, "--arch", "resnet19"])
+    folder = folder_of(tmp_path, "earlybird")
+    (folder / "results.json").unlink()
+    other = folder_of(tmp_path, "earlybird", arch="resnet19") / "checkpoints" / "search.safetensors"
+    (folder / "checkpoints" / "search.safetensors").write_bytes(other.read_bytes())
+    with pytest.raises(SystemExit) as stop:
+        main(tiny)
+    assert stop.value.code == 2
+    assert "search.safetensors does not fit this run" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(tiny, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train_snn_earlybird.load_data", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        script("earlybird")(tiny)
+    assert stop.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
