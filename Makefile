@@ -1,0 +1,32 @@
+# Each target sets up .venv by itself: make demo | make test | make lint
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	$(BIN)/python train_snn_earlyT_earlybird.py --dataset digits --arch vgg16 --width 0.25 --batch_size 16 \
+		--learning_rate 0.1 --end_iter 12 --valid_freq 4 --sparsity_round 8 --eb_window 3 --eb_tolerance 0.05 \
+		--exp_name demo
+
+test: $(VENV)/ready-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=... (found $$($(PYTHON) --version))"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
