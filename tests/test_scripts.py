@@ -13,7 +13,7 @@ from utils.early_time import early_time
 from utils.files import read_tensors
 from utils.flags import METHODS, get_args, make_parser
 from utils.masks import distance, magnitude_mask, sparsity, sparsity_after
-from utils.runs import load_ticket
+from utils.runs import load_network, load_ticket
 from utils.training import evaluate, learning_rate, predict
 
 RESULT = {
@@ -137,8 +137,8 @@ def test_imp_results_are_of_the_last_epoch_and_count_the_search(run, tiny):
         assert row["level"] == level
         assert row["test_accuracy"] == own[-1]["test_accuracy"]
         assert row["best_test_accuracy"] == max(r["test_accuracy"] for r in own)
-        model = build_model("vgg16", 3, 10, width=0.0625)
-        model.load_state_dict(imp.network(f"level_{level:02d}"))
+        path = imp.folder / "checkpoints" / f"level_{level:02d}.safetensors"
+        model = load_network(path, build_model("vgg16", 3, 10, width=0.0625))
         assert row["test_accuracy"] == evaluate(model, data.test, 3)
         before = [r for r in imp.rows if r["level"] < level]
         assert row["search_epochs"] == len(before) == (2 + 2 * level if level else 0)

@@ -390,7 +390,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recent: "deque[Mask] | None" = None
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    recent: "deque[Mask] | None" = None,
 ) -> int:
     """Read a checkpoint into model, optimizer and recent masks, in place; the number of epochs done.
 
@@ -403,11 +406,12 @@ def load_checkpoint(
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}, this program reads {FORMAT}")
         model.load_state_dict(_part(tensors, "model."))
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _part(tensors, "optimizer.").items():
-            index, key = name.split(".")
-            states.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        if optimizer is not None:
+            states: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _part(tensors, "optimizer.").items():
+                index, key = name.split(".")
+                states.setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         if recent is not None:
             device = next(model.parameters()).device
             recent.extend(
@@ -419,14 +423,24 @@ def load_checkpoint(
         raise InputError(f"{path} does not fit this run ({str(error).splitlines()[0]}): {remedy}") from error
 
 
-def load_ticket(path: Path) -> tuple[Mask, dict[str, Tensor], dict]:
+def load_network(path: Path | str, model: nn.Module) -> nn.Module:
+    """Read a trained network from a stage's checkpoint into ``model``, which is returned.
+
+    Raises:
+        InputError: the file is damaged or does not fit the network.
+    """
+    load_checkpoint(Path(path), model)
+    return model
+
+
+def load_ticket(path: Path | str) -> tuple[Mask, dict[str, Tensor], dict]:
     """Read a ticket: its mask, the weights to start from (a state dict), and where it comes from.
 
     Raises:
         InputError: the file is damaged or not a ticket.
     """
     remedy = "remove it and run the command that made it again"
-    tensors, origin = read_tensors(path, remedy)
+    tensors, origin = read_tensors(Path(path), remedy)
     mask, weights = _part(tensors, "mask."), _part(tensors, "weights.")
     if not mask or any(m.dtype != torch.bool for m in mask.values()) or not mask.keys() <= weights.keys():
         raise InputError(f"{path} is not a ticket (a bool mask, and weights for each of its entries): {remedy}")
