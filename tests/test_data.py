@@ -1,4 +1,5 @@
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -217,6 +218,14 @@ def test_torchvisions_arrays_come_out_channels_first(tmp_path, monkeypatch, data
         assert torch.equal(data.train.images.permute(0, 2, 3, 1), pixels)
     elif dataset == "svhn":
         assert torch.equal(data.train.images, pixels)
+
+
+def test_torchvision_that_does_not_fit_torch_is_one_clear_line(tmp_path, monkeypatch):
+    make_tree(tmp_path / "cifar10")
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it fails
+    with pytest.raises(InputError, match="install both together"):
+        load("--data_dir", tmp_path, "--dataset", "cifar10")
+    assert len(load("--dataset", "digits").train) == 1437
 
 
 def test_too_many_samples_name_the_range():

@@ -179,6 +179,18 @@ def _synthetic(train: int = 1000, test: int = 200, classes: int = 10):
 # --- torchvision's data sets -----------------------------------------------------------------------------------------
 
 
+def _torchvision_datasets():
+    """torchvision's data sets; imported only when they are needed, which the digits are without."""
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:
+        raise InputError(
+            f"torchvision cannot be used beside torch {torch.__version__} ({error}): "
+            "install both together, from the same place"
+        ) from error
+    return datasets
+
+
 def _torchvision(dataset: str, data_dir: Path):
     root = data_dir / dataset
     place = f"put the images into {root}/train/<class>/*.png and {root}/test/<class>/*.png"
@@ -187,8 +199,7 @@ def _torchvision(dataset: str, data_dir: Path):
             f"{root} has no train and test (or val) folder, and tinyimagenet is not downloaded: "
             f"unpack tiny-imagenet-200.zip in {data_dir}, or {place}"
         )
-    from torchvision import datasets
-
+    datasets = _torchvision_datasets()
     options = {
         "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
         "cifar100": (datasets.CIFAR100, {"train": True}, {"train": False}),
@@ -291,10 +302,8 @@ def _list_images(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
         rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
         classes = sorted({name for _, name in rows})
         return [(str(folder / "images" / file), classes.index(name)) for file, name in rows], classes
-    from torchvision.datasets import ImageFolder
-
     try:
-        tree = ImageFolder(folder)
+        tree = _torchvision_datasets().ImageFolder(folder)
     except FileNotFoundError as error:
         raise InputError(f"{folder} must hold a folder of images for each class ({error})") from error
     return tree.samples, tree.classes

@@ -237,8 +237,12 @@ class Run:
         """Print what the run found: a table of its tickets, and where they are."""
         print(f"\n{self.args.method} on {self.args.dataset}, {self.args.arch}, round {self.args.round}")
         print(results_table(self.results))
+        if any("early_time" in row for row in self.rows):
+            print(f"T_early: {self.search_timesteps} of {self.args.timestep} timesteps")
         for row in self.results:
-            if row.get("settled") is False:
+            if row.get("settled"):
+                print(f"the mask settled after {row['search_epochs']} epochs of search")
+            elif "settled" in row:
                 print(f"note: no mask settled within {row['search_epochs']} epochs; the ticket is the last mask")
             print(f"ticket: {self.ticket_path(row['level'])}")
         print(f"run folder: {self.folder}")
