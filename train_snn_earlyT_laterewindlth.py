@@ -29,7 +29,7 @@ def main(argv=None):
     if run.finished:
         return run.report_finished()
     data = load_data(args)
-    run.begin()
+    run.begin(data)
     torch.manual_seed(run.seed)
     model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
     model.to(args.device)
@@ -53,6 +53,7 @@ def main(argv=None):
 
     # line 15: find the tickets with T_early
     masks = [mask]
+    run.save_ticket(0, mask, rewind_point)
     for level in range(args.sparsity_round):
         rewind(model, rewind_point, mask)
         optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind

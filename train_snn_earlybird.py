@@ -17,7 +17,7 @@ from utils.early_bird import has_settled, recent_masks, window_distance
 from utils.errors import one_line_errors
 from utils.flags import get_args
 from utils.masks import dense_mask, magnitude_mask, rewind, sparsity_after
-from utils.runs import Run, save_checkpoint
+from utils.runs import Run
 from utils.training import fit, make_optimizer
 
 
@@ -28,7 +28,7 @@ def main(argv=None):
     if run.finished:
         return run.report_finished()
     data = load_data(args)
-    run.begin()
+    run.begin(data)
     torch.manual_seed(run.seed)
     model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
     model.to(args.device)
@@ -40,13 +40,13 @@ def main(argv=None):
     dense = dense_mask(model)
     optimizer = make_optimizer(model, args)
     recent = recent_masks(args.eb_window)
-    epoch = run.resume(run.checkpoint("search"), "search", 0, 0, model, optimizer, recent)
+    epoch = run.resume(run.checkpoint("search"), "search", 0, range(args.end_iter), model, optimizer, recent)
     while epoch < args.end_iter and not has_settled(recent, args.eb_tolerance, args.eb_distance):
         train(optimizer, dense, range(epoch, epoch + 1), args.timestep)
         epoch += 1
         recent.append(magnitude_mask(model, target, args.pruning_scope))
         run.note(hamming=window_distance(recent, "hamming"), jaccard=window_distance(recent, "jaccard"))
-        save_checkpoint(run.checkpoint("search"), epoch, model, optimizer, recent)
+        run.save_checkpoint(run.checkpoint("search"), epoch, model, optimizer, recent)
 
     # the ticket: the settled mask on the initial weights
     ticket, level = recent[-1], args.sparsity_round

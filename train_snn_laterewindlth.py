@@ -27,7 +27,7 @@ def main(argv=None):
     if run.finished:
         return run.report_finished()
     data = load_data(args)
-    run.begin()
+    run.begin(data)
     torch.manual_seed(run.seed)
     model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
     model.to(args.device)
@@ -42,13 +42,14 @@ def main(argv=None):
 
     # every level, the dense one too, starts from the rewind point and follows the same schedule
     for level in range(args.sparsity_round + 1):
+        if level > 0:
+            mask = prune_by_magnitude(model, mask, args.prune_percent / 100, args.pruning_scope)
         run.save_ticket(level, mask, rewind_point)
         rewind(model, rewind_point, mask)
         optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind
         epochs = range(args.rewinding_epoch, args.end_iter)
         train(optimizer, mask, epochs, args.timestep, level=level, checkpoint=run.checkpoint(f"level_{level:02d}"))
         run.save_result(level, mask, model)
-        mask = prune_by_magnitude(model, mask, args.prune_percent / 100, args.pruning_scope)
     run.report()
 
 

@@ -77,10 +77,12 @@ def test_any_number_of_timesteps_has_candidates():
         divergences(torch.randn(2, 4, 5))
 
 
-def test_network_without_dynamics_needs_the_fewest():
+def test_network_that_says_nothing_about_time_keeps_all_timesteps():
     logits = torch.randn(1, 4, 5).expand(5, 4, 5)
-    assert early_time(logits, 0.6) == 2
-    assert early_time(logits, 0) == 5
+    assert divergences(logits) == [1, 1, 1]
+    assert early_time(logits, 0.6) == 5
+    with pytest.raises(ValueError, match="finite"):
+        divergences(logits * torch.nan)
 
 
 def masks_from(*rows):

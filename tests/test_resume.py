@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, folder_of, script
 
+from utils.data import _synthetic as synthetic
 from utils.files import read_tensors
 from utils.flags import METHODS
 
@@ -222,15 +223,99 @@ def test_damaged_file_is_named_and_nothing_is_lost(tmp_path, tiny, monkeypatch, 
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_damaged_checkpoint_removed_as_told_gives_the_same_run(tmp_path, tiny):
+@pytest.mark.parametrize("method", METHODS)
+def test_any_file_removed_as_told_comes_back_the_same(tmp_path, tiny, method):
+    flags = [*tiny, "--evaluate_levels", "0", "2"]
+    main = script(method)
+    main(flags)
+    folder = folder_of(tmp_path, method)
+    whole = contents(folder)
+    for path in [*folder.glob("checkpoints/*"), *folder.glob("tickets/*")]:
+        (folder / "results.json").unlink()
+        path.unlink()
+        main(flags)
+        assert_same(whole, contents(folder))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ticket_missing_from_a_finished_run_is_written_again(tmp_path, tiny, method):
+    main = script(method)
+    main(tiny)
+    folder = folder_of(tmp_path, method)
+    whole = contents(folder)
+    (folder / "tickets" / "level_02.safetensors").unlink()
+    main(tiny)
+    assert_same(whole, contents(folder))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_finished_run_with_the_dense_level_can_be_run_again(tiny, capsys, method):
+    for _ in range(2):
+        script(method)([*tiny, "--evaluate_levels", "0", "2"])
+    out = capsys.readouterr().out
+    assert "finished" in out
+    for line in out.splitlines():
+        if line.startswith("ticket: "):
+            assert os.path.exists(line.removeprefix("ticket: "))
+
+
+def test_checkpoint_of_another_stage_is_refused(tmp_path, tiny, capsys):
     main = script("laterewindlth")
     main(tiny)
     folder = folder_of(tmp_path, "laterewindlth")
-    whole = contents(folder)
     (folder / "results.json").unlink()
-    (folder / "checkpoints" / "level_02.safetensors").unlink()
+    (folder / "checkpoints/level_02.safetensors").write_bytes(
+        (folder / "checkpoints/level_00.safetensors").read_bytes()
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(tiny)
+    assert stop.value.code == 2
+    assert "level_02.safetensors does not fit this run (it started from other weights" in capsys.readouterr().err
+
+
+def test_other_images_are_refused(tmp_path, tiny, capsys, monkeypatch):
+    main = script("earlybird")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6, True)
+        with pytest.raises(Killed):
+            main(tiny)
+    before = contents(folder_of(tmp_path, "earlybird"))
+    monkeypatch.setattr("utils.data._synthetic", lambda: synthetic(classes=9))
+    with pytest.raises(SystemExit) as stop:
+        main(tiny)
+    assert stop.value.code == 2
+    assert "begun with other images" in capsys.readouterr().err
+    assert_same(before, contents(folder_of(tmp_path, "earlybird")))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.json", '[{"level": 2}]'),
+        ("results.json", '{"level": 2}'),
+        ("metrics.jsonl", '{"phase": "search", "level": "0", "epoch": 0, "timesteps": 3, "seconds": 1}'),
+        ("metrics.jsonl", "[1]"),
+        ("args.json", "[]"),
+    ],
+)
+def test_wrong_types_are_damage(tmp_path, tiny, capsys, name, text):
+    main = script("earlybird")
     main(tiny)
-    assert_same(whole, contents(folder))
+    path = folder_of(tmp_path, "earlybird") / name
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(tiny)
+    assert stop.value.code == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_runs_without_git(tmp_path, tiny, monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr("subprocess.run", missing)
+    script("earlybird")(tiny)
+    assert json.loads((folder_of(tmp_path, "earlybird") / "args.json").read_text())["git_commit"] is None
 
 
 def test_checkpoint_of_another_network_is_refused(tmp_path, tiny, capsys):
@@ -255,4 +340,4 @@ def test_ctrl_c_says_how_to_go_on(tiny, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         script("earlybird")(tiny)
     assert stop.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command, without --restart, goes on" in capsys.readouterr().err

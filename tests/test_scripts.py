@@ -5,16 +5,16 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, folder_of, script
+from conftest import ROOT, folder_of, lively, script
 
 from models import build_model
 from utils.data import load_data
-from utils.early_time import early_time
+from utils.early_time import divergences, early_time
 from utils.files import read_tensors
 from utils.flags import METHODS, get_args, make_parser
-from utils.masks import distance, magnitude_mask, sparsity, sparsity_after
-from utils.runs import load_network, load_ticket
-from utils.training import evaluate, learning_rate, predict
+from utils.masks import dense_mask, distance, magnitude_mask, sparsity, sparsity_after
+from utils.runs import Run, load_network, load_ticket
+from utils.training import evaluate, fit, learning_rate, make_optimizer, predict
 
 RESULT = {
     "method", "dataset", "arch", "round", "level", "sparsity", "sparsity_all_parameters", "timesteps",
@@ -168,12 +168,6 @@ def test_imp_with_early_time_searches_short_and_evaluates_long(run, tiny):
     imp = run("earlyT_laterewindlth", "--evaluate_levels", "0", "1", "2")
     timesteps = imp.results[0]["search_timesteps"]
     assert timesteps == 2
-    # the choice: after exactly one epoch at T, on the training images, without a trace in the statistics
-    data = load_data(get_args("earlyT_laterewindlth", None, tiny))
-    model = build_model("vgg16", 3, 10, width=0.0625)
-    model.load_state_dict(imp.network("dense_1"))
-    assert early_time(predict(model, data.probe, 3), 1.5) == timesteps
-    assert len(data.probe) == 20
     noted = [row for row in imp.rows if "early_time" in row]
     assert [(row["phase"], row["epoch"], row["early_time"]) for row in noted] == [("dense", 0, 2)]
     assert [row["timesteps"] for row in imp.stage("dense", 0)] == [3, 2]
@@ -188,6 +182,42 @@ def test_imp_with_early_time_searches_short_and_evaluates_long(run, tiny):
     _, weights, _ = imp.ticket(2)
     rewind_point = imp.network("dense_2")
     assert all(torch.equal(tensor, rewind_point[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(("method", "stage"), [("earlyT_laterewindlth", "dense_1"), ("earlyT_earlybird", "search")])
+def test_early_time_is_chosen_from_the_network_after_its_epochs(run, tiny, monkeypatch, method, stage):
+    """In eval mode, on the un-augmented training images, at T, after exactly one epoch."""
+    started = build_model("vgg16", 3, 10, width=0.0625)
+
+    def lively_model(*args):  # an untrained tiny network is silent; this one is not
+        torch.manual_seed(1)
+        model = lively(build_model(*args), torch.randn(8, 3, 32, 32))
+        model.classifier.weight.data.mul_(30)
+        return model
+
+    monkeypatch.setattr(f"train_snn_{method}.build_model", lively_model)
+    flags = ["--timestep", "5", "--early_time_threshold", "0.6", "--learning_rate", "1e-4", "--end_iter", "2"]
+    flags += ["--rewinding_epoch", "1", "--eb_tolerance", "0", "--early_time_samples", "30"]
+    early = run(method, *flags)
+    (row,) = [row for row in early.rows if "early_time" in row]
+    assert row["epoch"] == 0
+    args = get_args(method, None, [*tiny, *flags])
+    data = load_data(args)
+    assert len(data.probe) == 30
+    if method == "earlyT_laterewindlth":
+        network = early.network(stage)
+    else:  # the search went on: train its first epoch again
+        model = lively_model("vgg16", 3, 10, "lif", 0.0625, "per_timestep")
+        args.output_dir += "-again"
+        again = Run(args)
+        again.begin(data)
+        fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(1), 5, again)
+        network = model.state_dict()
+    started.load_state_dict(network)
+    logits = predict(started, data.probe, 5)
+    assert row["divergences"] == divergences(logits)
+    assert 0 < row["divergences"][1] != 1
+    assert row["early_time"] == early_time(logits, 0.6) == early.results[0]["search_timesteps"]
 
 
 @pytest.mark.parametrize("method", ["earlybird", "earlyT_earlybird"])
@@ -250,6 +280,9 @@ def test_emptied_layer_is_named_in_a_warning(run, capsys):
         ("earlyT_earlybird", "--early_time_epoch 4", "must be from 1 to 3"),
         ("laterewindlth", "--batch_size 0", "--batch_size: must be a whole number at least 1"),
         ("laterewindlth", "--width -1", "--width: must be a number more than 0"),
+        ("laterewindlth", "--width 1e300", "--width: must be a number more than 0 and at most 100"),
+        ("laterewindlth", "--prune_iterations 9999999999", "at least 1 and at most 1000"),
+        ("earlybird", "--eb_window 1000000000000000000000", "at least 1 and at most 1000"),
         ("laterewindlth", "--timestep 1.5", "--timestep: must be a whole number at least 1"),
         ("laterewindlth", "--learning_rate nan", "--learning_rate: must be a number more than 0"),
         ("laterewindlth", "--prune_percent 100", "--prune_percent: must be a number more than 0 and less than 100"),
@@ -270,7 +303,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny, capsys, monkeypat
     with pytest.raises(SystemExit) as stop:
         script(method)([*tiny, *flags.split()])
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.strip().splitlines() if "note:" not in line]
+    lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0].replace("'", "")  # Python 3.11 quotes the choices
     assert not (tmp_path / "runs").exists()
@@ -294,7 +327,9 @@ def test_folder_that_cannot_be_written(tmp_path, tiny, capsys):
 
 def test_flag_of_another_method_is_pointed_out(tiny, capsys):
     get_args("laterewindlth", None, [*tiny, "--eb_window", "3"])
-    assert "--eb_window" in capsys.readouterr().err
+    assert "--eb_window" in capsys.readouterr().out
+    get_args("earlybird", None, ["--optimizer", "adam", "--momentum", "0.5"])
+    assert "--momentum without effect" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -21,20 +21,33 @@ def stage(tiny_args):
     def make(*flags):
         args = tiny_args("laterewindlth", *flags)
         data, run = load_data(args), Run(args)
-        run.begin()
+        run.begin(data)
         torch.manual_seed(0)
         return build_model(args.arch, data.channels, data.classes, width=args.width), data, args, run
 
     return make
 
 
-@pytest.mark.parametrize("epochs", [7, 300])
+@pytest.mark.parametrize("epochs", [1, 2, 7, 300])
 def test_learning_rates_are_torchs_schedulers(tiny_args, epochs):
     for name, make in (
         ("cosine", lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)),
-        ("step", lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [epochs // 2, epochs * 3 // 4], 0.1)),
+        (
+            "step",
+            lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)], 0.1),
+        ),
     ):
-        args = tiny_args("laterewindlth", "--scheduler", name, "--end_iter", str(epochs), "--learning_rate", "0.3")
+        args = tiny_args(
+            "laterewindlth",
+            "--scheduler",
+            name,
+            "--end_iter",
+            str(epochs),
+            "--learning_rate",
+            "0.3",
+            "--rewinding_epoch",
+            "0",
+        )
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.3)
         scheduler = make(optimizer)
         for epoch in range(epochs):
@@ -166,6 +179,17 @@ def test_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(stage):
     assert checkpoint.read_bytes() == good
     assert len(run.rows) == 1
     assert not checkpoint_path.exists()
+
+
+def test_weights_that_the_last_step_ruins_do_not_become_a_checkpoint(stage):
+    model, data, args, run = stage("--batch_size", "40", "--learning_rate", "1e39")
+    with pytest.raises(DivergedError, match="the weights are not finite after search level 0 epoch 1/4"):
+        fit(
+            model, data, args, make_optimizer(model, args), dense_mask(model), range(1), 2, run,
+            checkpoint=run.checkpoint("dense"),
+        )  # fmt: skip
+    assert not run.checkpoint("dense").exists()
+    assert not run.rows
 
 
 def test_bf16_trains_with_fp32_weights(stage):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .augment import Recipe, augment, draw, normalise
 from .errors import InputError
-from .files import read_tensors, write_tensors
+from .files import checksum, read_tensors, write_tensors
 
 SMALLEST = 32  # side in pixels; the networks halve an image up to five times
 
@@ -102,6 +102,12 @@ class Data:
     @property
     def channels(self) -> int:
         return self.train.spec.channels
+
+    def checksum(self) -> str:
+        """Checksum of all images and labels that the run will see."""
+        splits = {"train": self.train, "test": self.test, "probe": self.probe}
+        tensors = {f"{name}.images": split.images for name, split in splits.items()}
+        return checksum(tensors | {f"{name}.labels": split.labels for name, split in splits.items()})
 
 
 def load_data(args) -> Data:
@@ -243,9 +249,12 @@ def _find_tree(data_dir: Path, dataset: str) -> tuple[Path, Path] | None:
     for root in (data_dir / name for name in names):
         # the official Tiny ImageNet has a test folder too, without labels
         held_out = ("val",) if (root / "val" / _VAL_LABELS).is_file() else ("test", "val")
-        for test in (root / name for name in held_out):
-            if (root / "train").is_dir() and test.is_dir():
-                return root / "train", test
+        train, tests = root / "train", [root / name for name in held_out if (root / name).is_dir()]
+        if train.is_dir() and tests:
+            return train, tests[0]
+        if train.is_dir() or tests:
+            missing = "train" if tests else "test (or val)"
+            raise InputError(f"{root} has no {missing} folder beside {(tests or [train])[0].name}")
     return None
 
 
@@ -290,7 +299,10 @@ def _fingerprint(folder: Path, channels: int) -> str:
         subdirectories.sort()
         for name in sorted(files):
             path = os.path.join(directory, name)
-            stat = os.stat(path)
+            try:
+                stat = os.stat(path)
+            except OSError as error:
+                raise InputError(f"{path} cannot be read ({error.strerror}): replace or remove it") from error
             digest.update(f"{os.path.relpath(path, folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
@@ -299,7 +311,9 @@ def _list_images(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
     """Paths with class numbers, and the class names in alphabetical order."""
     annotations = folder / _VAL_LABELS
     if annotations.is_file():
-        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line]
+        rows = [line.split("\t")[:2] for line in annotations.read_text("utf-8", "replace").splitlines()]
+        if not rows or any(len(row) < 2 for row in rows):
+            raise InputError(f"{annotations} is damaged: every line must hold a file name, a tab and a class")
         classes = sorted({name for _, name in rows})
         return [(str(folder / "images" / file), classes.index(name)) for file, name in rows], classes
     try:

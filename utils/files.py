@@ -53,7 +53,7 @@ def read_json(path: Path, remedy: str):
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
     """Write tensors and JSON metadata as safetensors with a checksum, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"metadata": json.dumps(metadata), "checksum": _checksum(tensors)}
+    header = {"metadata": json.dumps(metadata), "checksum": checksum(tensors)}
     try:
         _replace(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, header))
     except safetensors.SafetensorError as error:
@@ -75,17 +75,18 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict]:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
         metadata = json.loads(header["metadata"])
-        if header["checksum"] != _checksum(tensors):
+        if header["checksum"] != checksum(tensors):
             raise ValueError("its checksum does not match")
     except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from error
     return tensors, metadata
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    checksum = 0
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """A checksum of names, types, shapes and values, the same on every device."""
+    crc = 0
     for name in sorted(tensors):
-        tensor = tensors[name]
-        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
-    return f"crc32:{checksum:08x}"
+        tensor = tensors[name].detach().cpu().contiguous()
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"crc32:{crc:08x}"

@@ -56,8 +56,10 @@ def _number(kind, low=-math.inf, high=math.inf, low_open=False, high_open=False)
 
 
 _positive_int = _number(int, low=1)
+_count = _number(int, low=1, high=1000)
 _whole = _number(int, low=0)
 _positive = _number(float, low=0, low_open=True)
+_factor = _number(float, low=0, high=100, low_open=True)
 _not_negative = _number(float, low=0)
 
 
@@ -100,7 +102,7 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
     add(
         network,
         "--width",
-        type=_positive,
+        type=_factor,
         default=1.0,
         metavar="FACTOR",
         help="factor on the channels of every hidden layer",
@@ -112,7 +114,7 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         default="lif",
         help="lif, or relu for the ANN of the same shape (which needs only --timestep 1)",
     )
-    add(network, "--timestep", type=_positive_int, default=5, metavar="T", help="timesteps an image is shown for")
+    add(network, "--timestep", type=_count, default=5, metavar="T", help="timesteps an image is shown for")
     add(
         network,
         "--batch_norm",
@@ -178,7 +180,7 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
     add(
         pruning,
         "--prune_iterations",
-        type=_positive_int,
+        type=_count,
         default=15,
         metavar="K",
         help="trainings of a whole IMP search; K - 1 prunings lie between them",
@@ -205,7 +207,7 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
     add(
         early_bird,
         "--eb_window",
-        type=_positive_int,
+        type=_count,
         default=5,
         metavar="Q",
         help="masks of earlier epochs that the current one is compared with",
@@ -360,23 +362,23 @@ def _device(parser, name: str) -> str:
             parser.error(f"argument --device: {name} was asked for, but torch {torch.__version__} finds no GPU here")
         if (device.index or 0) >= torch.cuda.device_count():
             parser.error(f"argument --device: {name} was asked for, this machine has {torch.cuda.device_count()} GPU")
-    return str(device)
+    return str(device) if device.type == "cuda" else "cpu"
 
 
 def _note_unused(args, parser, argv: list[str]) -> None:
-    """Say which of the given flags this method has no use for: nothing is ignored in silence."""
-    unused = set()
-    if not uses_early_bird(args.method):
-        unused |= {"--eb_window", "--eb_tolerance", "--eb_distance"}
-    else:
-        unused |= {"--rewinding_epoch"}
+    """Say which of the given flags have no effect here: nothing is ignored in silence."""
+    early_bird = {"--eb_window", "--eb_tolerance", "--eb_distance"}
+    early_time = {"--early_time_epoch", "--early_time_threshold", "--early_time_samples"}
+    unused = {"--rewinding_epoch"} if uses_early_bird(args.method) else early_bird
     if not uses_early_time(args.method):
-        unused |= {"--early_time_epoch", "--early_time_threshold", "--early_time_samples"}
+        unused |= early_time
     if args.method != "earlyT_laterewindlth":
         unused |= {"--evaluate_levels"}
+    if args.optimizer == "adam":
+        unused |= {"--momentum"}
     given = sorted(unused & {word.split("=")[0] for word in argv})
     if given:
-        print(f"{parser.prog}: note: {', '.join(given)} without effect in this method", file=sys.stderr)
+        print(f"note: {', '.join(given)} without effect in this run")
 
 
 def reported_levels(args) -> list[int]:

@@ -5,7 +5,6 @@ checkpoints and goes on with the interrupted one, so all that the script derives
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,14 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .data import Data
 from .errors import InputError
-from .files import TEMPORARY, read_json, read_tensors, write_json, write_tensors, write_text
+from .files import TEMPORARY, checksum, read_json, read_tensors, write_json, write_tensors, write_text
 from .flags import planned_epochs, reported_levels
 from .masks import Mask, emptied_layers, layer_sparsity, sparsity
 
 FORMAT = 1
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "safetensors")
 WRITTEN = ("args.json", "metrics.jsonl", "results.json", "tickets", "checkpoints")
+REMEDY = "use another --exp_name, or --restart to delete that run and start over"
+_ABSENT = object()
+
+EPOCH_FIELDS = {
+    "phase": str, "level": int, "epoch": int, "timesteps": int, "seconds": (int, float),
+    "test_accuracy": (int, float, type(None)),
+}  # fmt: skip
+RESULT_FIELDS = {
+    "level": int, "sparsity": (int, float), "sparsity_all_parameters": (int, float), "timesteps": int,
+    "search_timesteps": int, "test_accuracy": (int, float), "best_test_accuracy": (int, float),
+    "search_seconds": (int, float), "search_epochs": int, "search_timestep_epochs": int,
+}  # fmt: skip
 MAY_DIFFER = ("output_dir", "exp_name", "data_dir")  # where things are, not what is done
 
 
@@ -43,22 +55,32 @@ class Run:
         self.folder = Path(args.output_dir) / args.exp_name / f"{args.dataset}-{args.arch}-round{args.round}"
         self.seed = int(np.random.SeedSequence([args.seed, args.round]).generate_state(1)[0])
         self.rows, self.results = [], []
+        self.position = 0  # where in the rows the next epoch belongs
+        self.starts: dict[Path, str] = {}  # checksums of the states that stages started from
         if args.restart:
             return
         if self._path("args.json").exists():
-            self._refuse_other()
+            self._refuse_other_flags()
             self.rows, self.results = self._read_rows(), self._read_results()
         elif any(self._path(name).exists() for name in WRITTEN):
             raise InputError(f"{self.folder} holds a run without args.json: use another --exp_name, or --restart")
 
-    def begin(self) -> None:
+    def begin(self, data: Data) -> None:
         """Make the folder ready to be written to. Call it once nothing the user gave can turn out wrong any more: with
-        ``--restart`` this is where an earlier run is deleted."""
+        ``--restart`` this is where an earlier run is deleted.
+
+        Raises:
+            InputError: the run was begun with other images.
+        """
+        path = self._path("args.json")
         if self.args.restart:
             for name in WRITTEN:
                 _delete(self._path(name))
-        if not self._path("args.json").exists():
-            write_json(self._path("args.json"), self._flags() | _circumstances(self.seed))
+        images = data.checksum()
+        if not path.exists():
+            write_json(path, self._flags() | _circumstances(self.args, self.seed) | {"data_checksum": images})
+        elif read_json(path, REMEDY).get("data_checksum") != images:
+            raise InputError(f"{self.folder} was begun with other images than {self.args.data_dir} holds now: {REMEDY}")
         for leftover in self.folder.rglob(f"*{TEMPORARY}"):
             leftover.unlink()
 
@@ -73,30 +95,59 @@ class Run:
         checkpoint: Path,
         phase: str,
         level: int,
-        start: int,
+        epochs: range,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         recent: "deque[Mask] | None" = None,
     ) -> int:
-        """Read a stage's checkpoint into model, optimizer and recent masks if there is one.
+        """Begin a stage or go on with it: a checkpoint is read into model, optimizer and recent masks, and epochs that
+        it does not hold leave the log. Call it with the model in the state that the stage starts from.
 
         Returns:
-            The epoch to go on with; ``start``, the stage's first, if there is no checkpoint.
+            The epoch to go on with; the first of ``epochs`` if there is no checkpoint.
 
         Raises:
-            InputError: the checkpoint is damaged, does not fit, or the log lacks its epochs.
+            InputError: the checkpoint is damaged or another one's, or the log lacks its epochs.
         """
-        if not checkpoint.exists():
-            return start
-        epoch = load_checkpoint(checkpoint, model, optimizer, recent)
-        logged = [row["epoch"] for row in self.rows if (row["phase"], row["level"]) == (phase, level)]
-        missing = set(range(start, epoch)) - set(logged)
+        self.starts[checkpoint] = checksum(model.state_dict())
+        first = epochs.start
+        if checkpoint.exists():
+            first = load_checkpoint(checkpoint, model, optimizer, recent, self.starts[checkpoint])
+        logged = {row["epoch"] for row in self.rows if (row["phase"], row["level"]) == (phase, level)}
+        missing = set(range(epochs.start, first)) - logged
         if missing:
             raise InputError(
                 f"{self._path('metrics.jsonl')} is damaged (epoch {min(missing)} of {checkpoint.stem} is missing): "
                 "--restart starts the run over"
             )
-        return epoch
+        self.drop_rows(phase, level, range(first, epochs.stop))
+        return first
+
+    def save_checkpoint(
+        self,
+        checkpoint: Path,
+        epoch: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        recent: "deque[Mask] | tuple" = (),
+    ) -> None:
+        """Write the checkpoint of a stage that ``resume`` began: tensors and numbers, nothing pickled.
+
+        Args:
+            checkpoint: the file.
+            epoch: epochs of the schedule that are done.
+            model: its parameters and statistics.
+            optimizer: its state, or None where nothing is left to train.
+            recent: the masks of the last epochs of an Early-Bird search.
+        """
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        if optimizer is not None:
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items() if tensor is not None}
+        for position, mask in enumerate(recent):
+            tensors |= {f"recent.{position}.{name}": m for name, m in mask.items()}
+        metadata = {"format": FORMAT, "start": self.starts[checkpoint], "epoch": epoch, "masks": len(recent)}
+        write_tensors(checkpoint, tensors, metadata)
 
     def generator(self, level: int, epoch: int) -> torch.Generator:
         """CPU generator of an epoch; it depends on ``--seed``, ``--round``, the level and the epoch alone."""
@@ -114,26 +165,31 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return [row["level"] for row in self.results] == reported_levels(self.args)
+        levels = reported_levels(self.args)
+        tickets = all(self.ticket_path(level).exists() for level in levels)
+        return tickets and [row["level"] for row in self.results] == levels
 
     # --- what is written -----------------------------------------------------------------------------------------
 
     def log_epoch(self, **row) -> None:
         """Add an epoch's row to ``metrics.jsonl``."""
-        self.rows.append(row)
+        self.rows.insert(self.position, row)
+        self.position += 1
         self._write_rows()
 
     def note(self, **fields) -> None:
         """Add fields to the row of the newest epoch."""
-        self.rows[-1].update(fields)
+        self.rows[self.position - 1].update(fields)
         self._write_rows()
 
     def drop_rows(self, phase: str, level: int, epochs: range) -> None:
-        """Forget epochs that no checkpoint holds, and all that came after them: they are about to be run again."""
-        for index, row in enumerate(self.rows):
-            if row["phase"] == phase and row["level"] == level and row["epoch"] in epochs:
-                del self.rows[index:]
-                return
+        """Forget epochs of a stage that are about to be run again; their new rows will take the old ones' place."""
+        stage = [i for i, row in enumerate(self.rows) if (row["phase"], row["level"]) == (phase, level)]
+        stale = [i for i in stage if self.rows[i]["epoch"] in epochs]
+        done = [i + 1 for i in stage if self.rows[i]["epoch"] < epochs.start]
+        self.position = stale[0] if stale else done[-1] if done else len(self.rows)
+        for index in reversed(stale):
+            del self.rows[index]
 
     def save_ticket(self, level: int, mask: Mask, weights: dict[str, Tensor]) -> None:
         """Write ``tickets/level_NN.safetensors``, the mask and the weights to start from; a layer that is left without
@@ -149,8 +205,8 @@ class Run:
             )
         path = self.ticket_path(level)
         if path.exists():
-            on_disk, _, _ = load_ticket(path)
-            if any(not torch.equal(on_disk[name], mask[name].cpu()) for name in mask):
+            on_disk, on_disk_weights, _ = load_ticket(path)
+            if checksum(on_disk) != checksum(mask) or checksum(on_disk_weights) != checksum(weights):
                 raise InputError(f"{path} is not the ticket that this run found: remove it to have it written again")
             return
         names = ("method", "dataset", "arch", "neuron", "width", "seed", "round", "end_iter", "rewinding_epoch")
@@ -255,23 +311,19 @@ class Run:
     def _flags(self) -> dict:
         return {name: value for name, value in vars(self.args).items() if name != "restart"}
 
-    def _refuse_other(self) -> None:
+    def _refuse_other_flags(self) -> None:
         path = self._path("args.json")
-        remedy = "use another --exp_name, or --restart to delete that run and start over"
-        before = read_json(path, remedy)
+        before = read_json(path, REMEDY)
         if not isinstance(before, dict):
-            raise InputError(f"{path} is damaged (no JSON object): {remedy}")
+            raise InputError(f"{path} is damaged (no JSON object): {REMEDY}")
         # through JSON, so that what is compared has the same types
         now = json.loads(json.dumps(self._flags()))
         differ = [name for name in now if name not in MAY_DIFFER and before.get(name, _ABSENT) != now[name]]
         if differ:
             changes = ", ".join(f"--{name} was {before.get(name, 'not there')}, now {now[name]}" for name in differ)
-            raise InputError(f"{self.folder} holds a run with other flags ({changes}): {remedy}")
-        versions = _circumstances(self.seed)["versions"]
-        if before.get("versions") != versions:
-            print(
-                f"note: {self.folder} was begun with {before.get('versions')}, goes on with {versions}", file=sys.stderr
-            )
+            raise InputError(f"{self.folder} holds a run with other flags ({changes}): {REMEDY}")
+        if before.get("versions") != _versions():
+            print(f"note: {self.folder} was begun with {before.get('versions')}, now there are {_versions()}")
 
     def _read_rows(self) -> list[dict]:
         path = self._path("metrics.jsonl")
@@ -280,8 +332,8 @@ class Run:
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for row in rows:
-                row["phase"], row["level"] + 0, row["epoch"] + 0, row["timesteps"] + 0, row["seconds"] + 0
-        except (ValueError, KeyError, TypeError) as error:
+                _check_fields(row, EPOCH_FIELDS)
+        except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error}): --restart starts the run over") from error
         return rows
 
@@ -292,28 +344,24 @@ class Run:
         path = self._path("results.json")
         if not path.exists():
             return []
-        remedy = "remove it, the next run writes it again"
+        remedy = "remove it, and the same command writes it again"
         results = read_json(path, remedy)
-        if not isinstance(results, list) or not all(
-            isinstance(row, dict) and row.keys() >= RESULT_FIELDS for row in results
-        ):
-            raise InputError(f"{path} is damaged (no list of results): {remedy}")
+        try:
+            if not isinstance(results, list):
+                raise TypeError("no list of results")
+            for row in results:
+                _check_fields(row, RESULT_FIELDS)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}): {remedy}") from error
         return results
 
 
-_ABSENT = object()
-RESULT_FIELDS = {
-    "level",
-    "sparsity",
-    "sparsity_all_parameters",
-    "timesteps",
-    "search_timesteps",
-    "test_accuracy",
-    "best_test_accuracy",
-    "search_seconds",
-    "search_epochs",
-    "search_timestep_epochs",
-}
+def _check_fields(row, fields: dict) -> None:
+    if not isinstance(row, dict):
+        raise TypeError("a row is no JSON object")
+    for name, kind in fields.items():
+        if name not in row or not isinstance(row[name], kind) or isinstance(row[name], bool):
+            raise TypeError(f"{name} of a row is {row.get(name, 'missing')!r}")
 
 
 def results_table(results: list[dict]) -> str:
@@ -354,43 +402,30 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _circumstances(seed: int) -> dict:
+def _versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES}
+
+
+def _circumstances(args, seed: int) -> dict:
     """What a result depends on beside the flags."""
-    folder = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "effective_seed": seed,
-        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
-        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": _versions(),
+        "device_name": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU",
         "threads": torch.get_num_threads(),
-        "cpu_count": os.cpu_count(),
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": _git_commit(Path(__file__).resolve().parent.parent),
     }
 
 
-def save_checkpoint(
-    path: Path,
-    epoch: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    recent: "deque[Mask] | tuple" = (),
-) -> None:
-    """Write a checkpoint: tensors and numbers, nothing pickled.
-
-    Args:
-        path: the file.
-        epoch: epochs of the schedule that are done.
-        model: its parameters and statistics.
-        optimizer: its state, or None where nothing is left to train.
-        recent: the masks of the last epochs of an Early-Bird search.
-    """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if optimizer is not None:
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items() if tensor is not None}
-    for position, mask in enumerate(recent):
-        tensors |= {f"recent.{position}.{name}": m for name, m in mask.items()}
-    write_tensors(path, tensors, {"format": FORMAT, "epoch": epoch, "masks": len(recent)})
+def _git_commit(root: Path) -> str | None:
+    """The commit of this checkout, with ``-dirty`` if files differ from it; None without git or outside a checkout."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
 
 
 def load_checkpoint(
@@ -398,17 +433,27 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     recent: "deque[Mask] | None" = None,
+    start: str | None = None,
 ) -> int:
     """Read a checkpoint into model, optimizer and recent masks, in place; the number of epochs done.
 
+    Args:
+        path: the file.
+        model: takes the parameters and statistics.
+        optimizer: takes its state, if there is one.
+        recent: takes the masks of an Early-Bird search.
+        start: checksum of the state that the stage must have started from; None asks for no certain one.
+
     Raises:
-        InputError: the file is damaged or does not fit the network.
+        InputError: the file is damaged, does not fit the network, or is another stage's.
     """
     remedy = "remove it to train this stage again, or use --restart"
     tensors, metadata = read_tensors(path, remedy)
     try:
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}, this program reads {FORMAT}")
+        if start not in (None, metadata["start"]):
+            raise ValueError("it started from other weights or another mask")
         model.load_state_dict(_part(tensors, "model."))
         if optimizer is not None:
             states: dict[int, dict[str, Tensor]] = {}

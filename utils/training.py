@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .data import Data, Split
 from .errors import DivergedError
 from .masks import Mask, prunable
-from .runs import Run, clock, save_checkpoint
+from .runs import Run, clock
 
 EVALUATION_BATCH = 500
 SECONDS_BETWEEN_READS = 0.5  # a read of the loss waits for the device
@@ -32,13 +32,12 @@ def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
 def learning_rate(args, epoch: int) -> float:
     """Learning rate of an absolute epoch, 0 .. ``args.end_iter`` - 1, the same in every level.
 
-    ``cosine`` falls from ``args.learning_rate`` and would reach 0 at ``end_iter``; ``step`` divides by 10 after half
-    and after three quarters of the epochs.
+    ``cosine`` falls from ``args.learning_rate`` and would reach 0 at ``end_iter``; ``step`` divides by 10 when half
+    and when three quarters of the epochs are done.
     """
     if args.scheduler == "cosine":
         return args.learning_rate * (1 + math.cos(math.pi * epoch / args.end_iter)) / 2
-    milestones = (args.end_iter // 2, args.end_iter * 3 // 4)
-    return args.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in milestones)
+    return args.learning_rate * 0.1 ** sum(epoch >= share * args.end_iter for share in (1 / 2, 3 / 4))
 
 
 def loss_over_time(logits: Tensor, labels: Tensor) -> Tensor:
@@ -75,15 +74,14 @@ def fit(
         run: where the epochs are logged.
         phase: ``dense``, ``search`` or ``train``, for the log.
         level: prunings behind ``mask``.
-        checkpoint: file to go on from and to write after every epoch.
+        checkpoint: file to go on from and to write after every epoch; None leaves both to the caller.
 
     Raises:
         DivergedError: the loss is not finite; the checkpoint of the epoch before stays.
     """
     first = epochs.start
     if checkpoint is not None:
-        first = run.resume(checkpoint, phase, level, first, model, optimizer)
-    run.drop_rows(phase, level, range(first, epochs.stop))
+        first = run.resume(checkpoint, phase, level, epochs, model, optimizer)
     weights = prunable(model)
     pruned = [name for name in mask if not mask[name].all()]
     update = _Update(optimizer, [weights[name] for name in pruned], [mask[name].float() for name in pruned])
@@ -95,6 +93,7 @@ def fit(
         left = partial(run.time_left, phase, timesteps)
         loss, accuracy = _train_epoch(model, batches, len(data.train), update, timesteps, args, title, left)
         seconds = time.perf_counter() - started
+        _check_weights(model, title, update.learning_rate)
         last = epoch + 1 == args.end_iter
         tested = last or (epoch + 1) % args.valid_freq == 0
         run.log_epoch(
@@ -111,7 +110,7 @@ def fit(
         run.report_epoch(title, images_per_second=len(data.train) / seconds)
         if checkpoint is not None:
             # the last epoch of the schedule leaves nothing to go on with
-            save_checkpoint(checkpoint, epoch + 1, model, None if last else optimizer)
+            run.save_checkpoint(checkpoint, epoch + 1, model, None if last else optimizer)
 
 
 class _Update:
@@ -171,10 +170,17 @@ def _train_epoch(model, batches, images, update, timesteps, args, title, time_le
 def _check_finite(losses: Tensor, title: str, rate: float) -> None:
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0])
-        raise DivergedError(
-            f"the loss is not finite in {title}, step {step}, learning rate {rate:.4g}; "
-            "the checkpoint of the epoch before is kept; try a lower --learning_rate in a run of its own (--exp_name)"
-        )
+        raise DivergedError(f"the loss is not finite in {title}, step {step}, learning rate {rate:.4g}; {_KEPT}")
+
+
+def _check_weights(model: nn.Module, title: str, rate: float) -> None:
+    """The last step of an epoch can ruin the weights after a finite loss; such weights must not become a checkpoint."""
+    finite = [tensor.isfinite().all() for tensor in model.state_dict().values()]
+    if not torch.stack(finite).all():
+        raise DivergedError(f"the weights are not finite after {title}, learning rate {rate:.4g}; {_KEPT}")
+
+
+_KEPT = "the checkpoint of the epoch before is kept; try a lower --learning_rate in a run of its own (--exp_name)"
 
 
 @torch.inference_mode()
