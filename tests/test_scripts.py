@@ -317,6 +317,16 @@ def test_cuda_without_a_gpu(tiny, capsys):
     assert "finds no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_script_on_a_gpu(run, method):
+    done = run(method, "--device", "cuda")
+    assert done.args["precision"] == "bf16"
+    assert done.results[-1]["level"] == 2
+    (done.folder / "results.json").unlink()
+    assert run(method, "--device", "cuda").results == done.results
+
+
 def test_folder_that_cannot_be_written(tmp_path, tiny, capsys):
     (tmp_path / "runs").write_text("a file where the folder should be")
     with pytest.raises(SystemExit) as stop:
