@@ -58,7 +58,7 @@ def main(argv=None):
 
     # the ticket: the settled mask on the initial weights
     ticket, level = recent[-1], args.sparsity_round
-    run.save_ticket(level, ticket, initial)
+    run.save_ticket(level, ticket, initial, epoch=0)
     rewind(model, initial, ticket)
     optimizer = make_optimizer(model, args)
     epochs, checkpoint = range(args.end_iter), run.checkpoint("train")

@@ -53,7 +53,7 @@ def main(argv=None):
 
     # line 15: find the tickets with T_early
     masks = [mask]
-    run.save_ticket(0, mask, rewind_point)
+    run.save_ticket(0, mask, rewind_point, args.rewinding_epoch)
     for level in range(args.sparsity_round):
         rewind(model, rewind_point, mask)
         optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind
@@ -61,7 +61,7 @@ def main(argv=None):
         train(optimizer, mask, epochs, timesteps, level=level, checkpoint=run.checkpoint(f"level_{level:02d}"))
         mask = prune_by_magnitude(model, mask, args.prune_percent / 100, args.pruning_scope)
         masks.append(mask)
-        run.save_ticket(level + 1, mask, rewind_point)
+        run.save_ticket(level + 1, mask, rewind_point, args.rewinding_epoch)
 
     # line 16: train them with T
     for level in args.evaluate_levels:

@@ -44,7 +44,7 @@ def main(argv=None):
     for level in range(args.sparsity_round + 1):
         if level > 0:
             mask = prune_by_magnitude(model, mask, args.prune_percent / 100, args.pruning_scope)
-        run.save_ticket(level, mask, rewind_point)
+        run.save_ticket(level, mask, rewind_point, args.rewinding_epoch)
         rewind(model, rewind_point, mask)
         optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind
         epochs = range(args.rewinding_epoch, args.end_iter)

@@ -112,7 +112,7 @@ def test_imp_levels_are_nested_rewound_and_on_one_schedule(run):
         mask, weights, origin = imp.ticket(level)
         assert sparsity(mask) == pytest.approx(sparsity_after(level, 0.25), abs=1e-4)
         assert all(torch.equal(tensor, rewind_point[name]) for name, tensor in weights.items())
-        assert origin["level"] == level
+        assert (origin["level"], origin["epoch"]) == (level, 2)
         network = imp.network(f"level_{level:02d}")
         assert all((network[name][~m] == 0).all() for name, m in mask.items())
         if previous is not None:
@@ -231,7 +231,8 @@ def test_early_bird_ticket_is_a_settled_mask_on_the_initial_weights(run, method)
     assert search[-1]["hamming"] < 0.3
     assert all(row["hamming"] >= 0.3 for row in search[1:-1])
     assert all(0 <= row["hamming"] <= row["jaccard"] <= 1 for row in search)
-    mask, weights, _ = bird.ticket(2)
+    mask, weights, origin = bird.ticket(2)
+    assert origin["epoch"] == 0
     model = build_model("vgg16", 3, 10, width=0.0625)
     model.load_state_dict(bird.network("search"))
     assert distance(mask, magnitude_mask(model, sparsity_after(2, 0.25))) == 0

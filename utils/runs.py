@@ -191,9 +191,15 @@ class Run:
         for index in reversed(stale):
             del self.rows[index]
 
-    def save_ticket(self, level: int, mask: Mask, weights: dict[str, Tensor]) -> None:
+    def save_ticket(self, level: int, mask: Mask, weights: dict[str, Tensor], epoch: int) -> None:
         """Write ``tickets/level_NN.safetensors``, the mask and the weights to start from; a layer that is left without
         weights is named in a warning. A ticket that is there already is only checked.
+
+        Args:
+            level: prunings behind the mask.
+            mask: what the ticket keeps.
+            weights: the dense state to start from.
+            epoch: epochs of training behind the weights; the ticket's own training begins with this one.
 
         Raises:
             InputError: the ticket on disk is damaged or another one.
@@ -209,11 +215,12 @@ class Run:
             if checksum(on_disk) != checksum(mask) or checksum(on_disk_weights) != checksum(weights):
                 raise InputError(f"{path} is not the ticket that this run found: remove it to have it written again")
             return
-        names = ("method", "dataset", "arch", "neuron", "width", "seed", "round", "end_iter", "rewinding_epoch")
+        names = ("method", "dataset", "arch", "neuron", "width", "seed", "round", "end_iter")
         origin = {name: getattr(self.args, name) for name in names}
         origin |= {
             "format": FORMAT,
             "level": level,
+            "epoch": epoch,
             "sparsity": 100 * sparsity(mask),
             "timesteps": self.args.timestep,
             "search_timesteps": self.search_timesteps,
