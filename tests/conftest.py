@@ -1,11 +1,14 @@
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from utils.files import read_tensors
 from utils.flags import METHODS, get_args
+from utils.runs import load_ticket
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,6 +43,7 @@ def script(method):
 
 
 def folder_of(tmp_path, method, round=1, arch="vgg16"):
+    method = "oneshot-random" if method == "oneshot" else method
     return tmp_path / "runs" / method / f"synthetic-{arch}-round{round}"
 
 
@@ -57,3 +61,33 @@ def lively(model, images):
     for norm in norms:
         norm.momentum = 0.1
     return model
+
+
+class Finished:
+    """What a run left behind."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.args = json.loads((folder / "args.json").read_text())
+        self.rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        self.results = json.loads((folder / "results.json").read_text())
+
+    def stage(self, phase, level):
+        return [row for row in self.rows if (row["phase"], row["level"]) == (phase, level)]
+
+    def ticket(self, level):
+        return load_ticket(self.folder / "tickets" / f"level_{level:02d}.safetensors")
+
+    def network(self, stage):
+        tensors, _ = read_tensors(self.folder / "checkpoints" / f"{stage}.safetensors", "")
+        return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+
+
+@pytest.fixture
+def run(tmp_path, tiny):
+    def go(method, *more, arch="vgg16"):
+        script(method)([*tiny, *more, "--arch", arch])
+        name = get_args(method, None, [*tiny, *more]).exp_name
+        return Finished(tmp_path / "runs" / name / f"synthetic-{arch}-round1")
+
+    return go

@@ -1,16 +1,14 @@
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, folder_of, lively, script
+from conftest import ROOT, Finished, folder_of, lively, script
 
 from models import build_model
 from utils.data import load_data
 from utils.early_time import divergences, early_time
-from utils.files import read_tensors
 from utils.flags import METHODS, get_args, make_parser
 from utils.masks import dense_mask, distance, magnitude_mask, sparsity, sparsity_after
 from utils.runs import Run, load_network, load_ticket
@@ -22,35 +20,6 @@ RESULT = {
     "search_timestep_epochs", "train_seconds", "layers",
 }  # fmt: skip
 EPOCH = {"phase", "level", "epoch", "timesteps", "lr", "loss", "train_accuracy", "test_accuracy", "seconds"}
-
-
-class Finished:
-    """What a run left behind."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.args = json.loads((folder / "args.json").read_text())
-        self.rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        self.results = json.loads((folder / "results.json").read_text())
-
-    def stage(self, phase, level):
-        return [row for row in self.rows if (row["phase"], row["level"]) == (phase, level)]
-
-    def ticket(self, level):
-        return load_ticket(self.folder / "tickets" / f"level_{level:02d}.safetensors")
-
-    def network(self, stage):
-        tensors, _ = read_tensors(self.folder / "checkpoints" / f"{stage}.safetensors", "")
-        return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-
-
-@pytest.fixture
-def run(tmp_path, tiny):
-    def go(method, *more, arch="vgg16"):
-        script(method)([*tiny, *more, "--arch", arch])
-        return Finished(folder_of(tmp_path, method, arch=arch))
-
-    return go
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -79,7 +48,7 @@ def test_script_as_a_subprocess(tmp_path, tiny, method, arch):
     assert all("loss" in line and "left" in line for line in lines)
     assert "\r" not in done.stdout
     for row in result.results:
-        assert row["method"] == method
+        assert row["method"] == ("oneshot-random" if method == "oneshot" else method)
         path = result.folder / "tickets" / f"level_{row['level']:02d}.safetensors"
         assert str(path.relative_to(tmp_path)) in done.stdout
         mask, weights, origin = load_ticket(path)
@@ -270,6 +239,7 @@ def test_emptied_layer_is_named_in_a_warning(run, capsys):
         ("laterewindlth", "--dataset mnist", "choose from cifar10, cifar100, svhn"),
         ("laterewindlth", "--arch vgg11", "choose from vgg16, resnet19"),
         ("laterewindlth", "--pruning_scope layer", "choose from global, local"),
+        ("oneshot", "--ticket sniip", "choose from random, snip, magnitude, or name a ticket"),
         ("earlybird", "--eb_distance cosine", "choose from hamming, jaccard"),
         ("earlybird", "--sparsity_round 0", "must be from 1 to 2"),
         ("earlybird", "--sparsity_round 3", "must be from 1 to 2"),
@@ -357,6 +327,6 @@ def test_defaults_are_the_papers(method):
 
 
 def test_help_gives_every_default():
-    actions = [action for action in make_parser("earlybird")._actions if action.dest not in ("help", "restart")]
-    assert len(actions) == 35
+    actions = [action for action in make_parser("oneshot")._actions if action.dest not in ("help", "restart")]
+    assert len(actions) == 40
     assert all("(default: " in action.help for action in actions)

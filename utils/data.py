@@ -127,10 +127,14 @@ def load_data(args) -> Data:
         arrays = _torchvision(args.dataset, Path(args.data_dir))
     train, test = (Split(_at_least(images, SMALLEST), labels.long(), spec).to(args.device) for images, labels in arrays)
     classes = int(train.labels.max()) + 1
-    probe = train = _balanced_part(train, args.train_samples, "--train_samples")
-    if args.early_time_samples < len(train):
-        probe = _balanced_part(train, args.early_time_samples, "--early_time_samples")
-    return Data(train, _balanced_part(test, args.test_samples, "--test_samples"), probe, classes)
+    for split, count, flag in (
+        (train, args.train_samples, "--train_samples"),
+        (test, args.test_samples, "--test_samples"),
+    ):
+        if count is not None and count > len(split):
+            raise InputError(f"{flag} must be from 1 to {len(split)}, got {count}")
+    train, test = balanced_part(train, args.train_samples), balanced_part(test, args.test_samples)
+    return Data(train, test, balanced_part(train, args.early_time_samples), classes)
 
 
 def _at_least(images: Tensor, side: int) -> Tensor:
@@ -140,12 +144,10 @@ def _at_least(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
 
 
-def _balanced_part(split: Split, count: int | None, flag: str) -> Split:
-    """The same ``count`` samples every time, as many of each class as there can be; None takes all."""
-    if count is None:
+def balanced_part(split: Split, count: int | None) -> Split:
+    """The same ``count`` samples every time, as many of each class as there can be; all, if there are no more."""
+    if count is None or count >= len(split):
         return split
-    if count > len(split):
-        raise InputError(f"{flag} must be from 1 to {len(split)}, got {count}")
     labels = split.labels.cpu()
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     by_class = shuffled[labels[shuffled].sort(stable=True).indices]

@@ -13,9 +13,10 @@ from .data import DATASETS
 from .masks import DISTANCES, SCOPES
 
 # the script's name without train_snn_ and .py; early_time and early_bird are what it searches with
-METHODS = ("laterewindlth", "earlybird", "earlyT_laterewindlth", "earlyT_earlybird")
+METHODS = ("laterewindlth", "earlybird", "earlyT_laterewindlth", "earlyT_earlybird", "oneshot")
+TICKETS = ("random", "snip", "magnitude")  # or a file's path
 TOLERANCES = {"hamming": 0.02, "jaccard": 0.5}
-DEFAULT_EARLY_BIRD_ROUND = 4
+DEFAULT_ROUND = 4
 
 
 def uses_early_time(method: str) -> bool:
@@ -24,6 +25,10 @@ def uses_early_time(method: str) -> bool:
 
 def uses_early_bird(method: str) -> bool:
     return method.endswith("earlybird")
+
+
+def uses_rewinding(method: str) -> bool:
+    return method.endswith("laterewindlth")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -191,7 +196,7 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         "--sparsity_round",
         type=_whole,
         metavar="R",
-        shown=f"K - 1 for IMP; {DEFAULT_EARLY_BIRD_ROUND}, or K - 1 if that is less, for EB",
+        shown=f"K - 1 for IMP; else {DEFAULT_ROUND}, or K - 1 if that is less",
         help="prune to the sparsity that R prunings reach",
     )
     add(
@@ -263,6 +268,46 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         help="IMP + ET: levels, as numbers of prunings, whose tickets are trained at T",
     )
 
+    if method == "oneshot":
+        oneshot = parser.add_argument_group("one-shot ticket")
+        add(
+            oneshot,
+            "--ticket",
+            default="random",
+            metavar="{random,snip,magnitude,PATH}",
+            help="what the mask comes from; PATH is a saved ticket",
+        )
+        add(
+            oneshot,
+            "--control",
+            choices=("none", "reinit", "shuffle"),
+            default="none",
+            help="keep the mask and draw fresh weights, or keep the weights and shuffle the mask within each layer",
+        )
+        add(
+            oneshot,
+            "--random_scope",
+            choices=("global", "layer"),
+            default="global",
+            help="random: prune anywhere in the network, or every layer alike",
+        )
+        add(
+            oneshot,
+            "--snip_samples",
+            type=_positive_int,
+            default=1000,
+            metavar="N",
+            help="snip: class-balanced training images for the gradient; all, if there are fewer",
+        )
+        add(
+            oneshot,
+            "--search_timestep",
+            type=_count,
+            metavar="T_PRE",
+            shown="T",
+            help="magnitude: timesteps of the dense training before the pruning",
+        )
+
     run = parser.add_argument_group("run")
     add(run, "--seed", type=_whole, default=1234, metavar="N", help="fixes all that is random, together with --round")
     add(run, "--round", type=_positive_int, default=1, metavar="N", help="repetition, for mean and deviation")
@@ -294,15 +339,21 @@ def get_args(method: str, description: str | None = None, argv: list[str] | None
     parser = make_parser(method, description)
     args = parser.parse_args(argv)
     args.method = method
+    if method == "oneshot":
+        if args.ticket not in TICKETS and not Path(args.ticket).is_file():
+            parser.error(f"argument --ticket: choose from {', '.join(TICKETS)}, or name a ticket; got {args.ticket!r}")
+        args.method += f"-{args.ticket if args.ticket in TICKETS else 'transfer'}"
+        args.method += "" if args.control == "none" else f"-{args.control}"
+        args.search_timestep = args.search_timestep or args.timestep
     if args.end_iter is None:
         args.end_iter = DATASETS[args.dataset].epochs
     if args.exp_name is None:
-        args.exp_name = method
+        args.exp_name = args.method
     if args.eb_tolerance is None:
         args.eb_tolerance = TOLERANCES[args.eb_distance]
     _check_folder(parser, args)
     _check_sparsity(parser, args)
-    if not uses_early_bird(method) and args.rewinding_epoch >= args.end_iter:
+    if uses_rewinding(method) and args.rewinding_epoch >= args.end_iter:
         parser.error(
             f"argument --rewinding_epoch: must be from 0 to {args.end_iter - 1}, before --end_iter {args.end_iter}, "
             f"got {args.rewinding_epoch}"
@@ -332,7 +383,7 @@ def _check_sparsity(parser, args) -> None:
     if highest < lowest:
         parser.error(f"argument --prune_iterations: must be at least {lowest + 1}, got {args.prune_iterations}")
     if args.sparsity_round is None:
-        args.sparsity_round = min(highest, DEFAULT_EARLY_BIRD_ROUND) if uses_early_bird(args.method) else highest
+        args.sparsity_round = highest if uses_rewinding(args.method) else min(highest, DEFAULT_ROUND)
     if not lowest <= args.sparsity_round <= highest:
         parser.error(
             f"argument --sparsity_round: must be from {lowest} to {highest} "
@@ -369,11 +420,15 @@ def _note_unused(args, parser, argv: list[str]) -> None:
     """Say which of the given flags have no effect here: nothing is ignored in silence."""
     early_bird = {"--eb_window", "--eb_tolerance", "--eb_distance"}
     early_time = {"--early_time_epoch", "--early_time_threshold", "--early_time_samples"}
-    unused = {"--rewinding_epoch"} if uses_early_bird(args.method) else early_bird
+    unused = set() if uses_rewinding(args.method) else {"--rewinding_epoch"}
+    if not uses_early_bird(args.method):
+        unused |= early_bird
     if not uses_early_time(args.method):
         unused |= early_time
     if args.method != "earlyT_laterewindlth":
         unused |= {"--evaluate_levels"}
+    if args.method.startswith("oneshot"):
+        unused |= _unused_by_ticket(args.ticket)
     if args.optimizer == "adam":
         unused |= {"--momentum"}
     given = sorted(unused & {word.split("=")[0] for word in argv})
@@ -381,8 +436,20 @@ def _note_unused(args, parser, argv: list[str]) -> None:
         print(f"note: {', '.join(given)} without effect in this run")
 
 
+def _unused_by_ticket(ticket: str) -> set[str]:
+    read_by = {
+        "random": {"--sparsity_round", "--random_scope"},
+        "snip": {"--sparsity_round", "--pruning_scope", "--snip_samples"},
+        "magnitude": {"--sparsity_round", "--pruning_scope", "--search_timestep"},
+    }
+    return set.union(*read_by.values()) - read_by.get(ticket, set())
+
+
 def reported_levels(args) -> list[int]:
-    """The levels, as numbers of prunings, whose tickets the run trains at T and reports."""
+    """The levels, as numbers of prunings, whose tickets the run trains at T and reports; none where a saved ticket
+    knows its own."""
+    if args.method.startswith("oneshot"):
+        return [args.sparsity_round] if args.ticket in TICKETS else []
     if uses_early_bird(args.method):
         return [args.sparsity_round]
     if uses_early_time(args.method):
@@ -392,6 +459,8 @@ def reported_levels(args) -> list[int]:
 
 def planned_epochs(args) -> tuple[int, int]:
     """Epochs of the search (for EB at most) and of the final training that the run will take."""
+    if args.method.startswith("oneshot"):
+        return args.end_iter if args.ticket == "magnitude" else 0, args.end_iter
     if uses_early_bird(args.method):
         return args.end_iter, args.end_iter
     level = args.end_iter - args.rewinding_epoch

@@ -29,6 +29,11 @@ def magnitude_scores(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().abs() for name, weight in prunable(model).items()}
 
 
+def random_scores(model: nn.Module) -> dict[str, Tensor]:
+    """Uniform random scores from torch's global CPU generator, for random pruning; the same on every device."""
+    return {name: torch.rand(weight.shape).to(weight.device) for name, weight in prunable(model).items()}
+
+
 def drop_lowest(scores: dict[str, Tensor], mask: Mask, fraction: float, scope: str = "global") -> Mask:
     """Prune the given fraction of the surviving weights, those with the lowest scores.
 
@@ -124,6 +129,12 @@ def distance(a: Mask, b: Mask, kind: str = "hamming") -> float:
     if kind == "hamming":
         return float(differing) / sum(m.numel() for m in a.values())
     return float(differing) / max(1, int(sum((a[name] | b[name]).count_nonzero() for name in a)))
+
+
+def shuffle_layers(mask: Mask) -> Mask:
+    """The mask with its entries permuted within each layer, by torch's global CPU generator: every layer keeps its
+    sparsity and loses its structure (Frankle et al. 2021; Su et al. 2020)."""
+    return {name: m.flatten()[torch.randperm(m.numel()).to(m.device)].view(m.shape) for name, m in mask.items()}
 
 
 def apply_mask(model: nn.Module, mask: Mask) -> None:

@@ -165,9 +165,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        levels = reported_levels(self.args)
-        tickets = all(self.ticket_path(level).exists() for level in levels)
-        return tickets and [row["level"] for row in self.results] == levels
+        levels = [row["level"] for row in self.results]
+        return self._ended(levels) and all(self.ticket_path(level).exists() for level in levels)
+
+    def _ended(self, levels: list[int]) -> bool:
+        """Whether these are the levels to report; that of a saved ticket stands in the ticket, not in the flags."""
+        expected = reported_levels(self.args)
+        return levels == expected if expected else len(levels) == 1
 
     # --- what is written -----------------------------------------------------------------------------------------
 
@@ -266,8 +270,11 @@ class Run:
 
     @property
     def search_timesteps(self) -> int:
-        """T_early once it is chosen, T before and without it."""
-        return next((row["early_time"] for row in self.rows if "early_time" in row), self.args.timestep)
+        """T_early once it is chosen; before and without it, the timesteps that the search began with."""
+        trained = [row["timesteps"] for row in self.rows if row["phase"] == "search"]
+        return next(
+            (row["early_time"] for row in self.rows if "early_time" in row), (trained or [self.args.timestep])[0]
+        )
 
     # --- what is shown -------------------------------------------------------------------------------------------
 
@@ -291,8 +298,8 @@ class Run:
 
     def report_finished(self) -> None:
         """Say that nothing is left to do, check the tickets, and print the table again."""
-        for level in reported_levels(self.args):
-            load_ticket(self.ticket_path(level))
+        for row in self.results:
+            load_ticket(self.ticket_path(row["level"]))
         print("this run is finished; --restart deletes it and starts over")
         self.report()
 
@@ -500,7 +507,30 @@ def load_ticket(path: Path | str) -> tuple[Mask, dict[str, Tensor], dict]:
     mask, weights = _part(tensors, "mask."), _part(tensors, "weights.")
     if not mask or any(m.dtype != torch.bool for m in mask.values()) or not mask.keys() <= weights.keys():
         raise InputError(f"{path} is not a ticket (a bool mask, and weights for each of its entries): {remedy}")
+    if not all(isinstance(origin.get(name), int) for name in ("level", "epoch")):
+        raise InputError(f"{path} does not say its level and epoch: {remedy}")
     return mask, weights, origin
+
+
+def load_fitting_ticket(path: Path | str, model: nn.Module, epochs: int) -> tuple[Mask, dict[str, Tensor], dict]:
+    """Read a ticket onto the device of the model it is for, to be trained up to ``epochs``.
+
+    Raises:
+        InputError: the ticket is damaged, does not fit the model (the message names the first parameter that differs),
+            or its weights have been trained for all the epochs already.
+        OSError: it cannot be opened.
+    """
+    mask, weights, origin = load_ticket(path)
+    if origin["epoch"] >= epochs:
+        raise InputError(f"{path} holds weights of epoch {origin['epoch']}: --end_iter must be more, got {epochs}")
+    state, device = model.state_dict(), next(model.parameters()).device
+    for name in [*state, *weights]:
+        ours, theirs = (tuple(s[name].shape) if name in s else "not there" for s in (state, weights))
+        if ours != theirs:
+            raise InputError(
+                f"{path} does not fit this network: {name} is {theirs} in the ticket, {ours} in the network"
+            )
+    return {n: m.to(device) for n, m in mask.items()}, {n: w.to(device) for n, w in weights.items()}, origin
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
