@@ -1,7 +1,7 @@
 """Iterative magnitude pruning (IMP) with late rewinding (sections 3.1 and 4.2 of the paper).
 
 Train to convergence, prune the smallest 25 % of the surviving weights, set the survivors back to what they were after
-epoch 20, and repeat. Every level yields a ticket and its accuracy; the whole search is 15 trainings.
+epoch 20, and repeat. Every level yields a ticket and its accuracy; all of it is 15 trainings with 14 prunings between.
 
     python train_snn_laterewindlth.py --dataset cifar10 --arch vgg16
 """

@@ -16,8 +16,9 @@ from utils.data import balanced_part, load_data
 from utils.errors import one_line_errors
 from utils.flags import TICKETS, get_args
 from utils.masks import dense_mask, drop_lowest, magnitude_mask, random_scores, rewind, shuffle_layers, sparsity_after
-from utils.runs import Run, load_fitting_ticket
+from utils.runs import Run
 from utils.snip import snip_scores
+from utils.tickets import load_fitting_ticket
 from utils.training import fit, make_optimizer
 
 
@@ -31,13 +32,13 @@ def main(argv=None):
     torch.manual_seed(run.seed)
     build = partial(build_model, args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
     model = build().to(args.device)
-    saved = None if args.ticket in TICKETS else load_fitting_ticket(args.ticket, model, args.end_iter)
+    saved = None if args.ticket in TICKETS else load_fitting_ticket(args.ticket, model)
     run.begin(data)
     train = partial(fit, model, data, args, run=run)
 
     # the ticket: a mask, and weights that have been trained up to some epoch
     dense, target = dense_mask(model), sparsity_after(args.sparsity_round, args.prune_percent / 100)
-    weights, first, level = copy.deepcopy(model.state_dict()), 0, args.sparsity_round
+    weights, first, level, source = copy.deepcopy(model.state_dict()), 0, args.sparsity_round, None
     if args.ticket == "random":
         scope = "local" if args.random_scope == "layer" else "global"
         mask = drop_lowest(random_scores(model), dense, target, scope)
@@ -49,15 +50,15 @@ def main(argv=None):
         train(optimizer, dense, range(args.end_iter), args.search_timestep, checkpoint=run.checkpoint("search"))
         mask = magnitude_mask(model, target, args.pruning_scope)
     else:
-        mask, weights, origin = saved
-        first, level = origin["epoch"], origin["level"]
+        mask, weights, source = saved
+        first, level = source["epoch"], source["level"]
 
     if args.control == "shuffle":
         mask = shuffle_layers(mask)
     elif args.control == "reinit":
         weights, first = build().to(args.device).state_dict(), 0
 
-    run.save_ticket(level, mask, weights, first)
+    run.save_ticket(level, mask, weights, first, source)
     rewind(model, weights, mask)
     optimizer = make_optimizer(model, args)
     epochs, checkpoint = range(first, args.end_iter), run.checkpoint("train")

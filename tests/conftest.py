@@ -8,7 +8,7 @@ import torch
 
 from utils.files import read_tensors
 from utils.flags import METHODS, get_args
-from utils.runs import load_ticket
+from utils.tickets import load_ticket
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

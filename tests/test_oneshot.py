@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from models import build_model
 from utils.data import balanced_part, load_data
+from utils.files import read_tensors, write_tensors
 from utils.masks import distance, layer_sparsity, magnitude_mask, prunable, shuffle_layers, sparsity, sparsity_after
 from utils.snip import snip_scores
 
@@ -86,6 +87,7 @@ def test_saved_ticket_of_an_ann_is_trained_as_an_snn_from_its_epoch(run):
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
     assert [row["epoch"] for row in shot.stage("train", 2)] == [2, 3] == list(range(origin["epoch"], 4))
     assert shot.results[0]["method"] == "oneshot-transfer"
+    assert (origin["source"]["method"], origin["source"]["neuron"]) == ("laterewindlth", "relu")
     network = shot.network("train")
     assert all((network[name][~m] == 0).all() for name, m in mask.items())
 
@@ -136,4 +138,62 @@ def test_ticket_that_is_trained_to_the_end_already(run, tiny, capsys):
     with pytest.raises(SystemExit) as stop:
         script("oneshot")([*tiny, "--ticket", str(path), "--end_iter", "2"])
     assert stop.value.code == 2
-    assert "holds weights of epoch 2: --end_iter must be more, got 2" in capsys.readouterr().err
+    assert "--end_iter: must be more than 2, the epoch of the ticket's weights, got 2" in capsys.readouterr().err
+
+
+def refused(capsys, flags):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        script("oneshot")(flags)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_ticket_that_changed_is_refused_and_one_that_moved_is_not(run, tiny, tmp_path, capsys):
+    tickets = run("laterewindlth").folder / "tickets"
+    path = tmp_path / "ticket.safetensors"
+    path.write_bytes((tickets / "level_01.safetensors").read_bytes())
+    run("oneshot", "--ticket", str(path))
+    moved = tmp_path / "moved.safetensors"
+    path.rename(moved)
+    script("oneshot")([*tiny, "--ticket", str(moved)])
+    assert "finished" in capsys.readouterr().out
+    moved.write_bytes((tickets / "level_02.safetensors").read_bytes())
+    assert "--ticket_checksum was crc32" in refused(capsys, [*tiny, "--ticket", str(moved)])
+
+
+def test_ticket_of_the_runs_own_folder_is_refused(run, tiny, capsys):
+    path = run("laterewindlth").folder / "tickets" / "level_01.safetensors"
+    flags = [*tiny, "--ticket", str(path), "--exp_name", "laterewindlth", "--restart"]
+    assert "own folder" in refused(capsys, flags)
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, origin: tensors.pop("mask.classifier.weight"), "classifier.weight is not there in the ticket"),
+        (lambda tensors, origin: origin.update(level=-1), "does not say its level and epoch"),
+        (lambda tensors, origin: origin.update(epoch=True), "does not say its level and epoch"),
+        (lambda tensors, origin: tensors.update({"mask.classifier.weight": torch.ones(1, dtype=torch.bool)}), "no"),
+        (lambda tensors, origin: tensors.update({"mask.classifier.bias": torch.ones(10, dtype=torch.bool)}), "no"),
+        (lambda tensors, origin: tensors["weights.classifier.bias"].fill_(torch.nan), "finite weights"),
+    ],
+)
+def test_tickets_made_by_hand_are_checked(run, tiny, tmp_path, capsys, change, message):
+    path = run("earlybird").folder / "tickets" / "level_02.safetensors"
+    tensors, origin = read_tensors(path, "")
+    change(tensors, origin)
+    write_tensors(tmp_path / "odd.safetensors", tensors, origin)
+    line = refused(capsys, [*tiny, "--ticket", str(tmp_path / "odd.safetensors")])
+    assert message in line
+    assert "odd.safetensors" in line
+
+
+def test_file_that_is_no_ticket_is_not_to_be_removed(run, tiny, capsys):
+    path = run("earlybird").folder / "checkpoints" / "train.safetensors"
+    line = refused(capsys, [*tiny, "--ticket", str(path)])
+    assert "is not a ticket" in line
+    assert "name a file of a run's tickets folder" in line
+    assert "remove" not in line

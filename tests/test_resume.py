@@ -237,6 +237,22 @@ def test_any_file_removed_as_told_comes_back_the_same(tmp_path, tiny, method):
         assert_same(whole, contents(folder))
 
 
+def test_printed_lines_are_of_the_epoch_that_was_run(tmp_path, tiny, capsys):
+    main = script("laterewindlth")
+    main(tiny)
+    folder = folder_of(tmp_path, "laterewindlth")
+    (folder / "results.json").unlink()
+    (folder / "checkpoints" / "level_00.safetensors").unlink()
+    capsys.readouterr()
+    main(tiny)
+    rows = [row for row in contents(folder)["metrics.jsonl"] if (row["phase"], row["level"]) == ("search", 0)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "images/s" in line]
+    assert len(lines) == len(rows) == 2
+    for line, row in zip(lines, rows, strict=True):
+        assert f"epoch {row['epoch'] + 1}/4" in line
+        assert f"loss {row['loss']:.4f}" in line
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_ticket_missing_from_a_finished_run_is_written_again(tmp_path, tiny, method):
     main = script(method)
@@ -270,7 +286,8 @@ def test_checkpoint_of_another_stage_is_refused(tmp_path, tiny, capsys):
     with pytest.raises(SystemExit) as stop:
         main(tiny)
     assert stop.value.code == 2
-    assert "level_02.safetensors does not fit this run (it started from other weights" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "level_02.safetensors does not fit this run (it is of stage level_00" in error
 
 
 def test_other_images_are_refused(tmp_path, tiny, capsys, monkeypatch):

@@ -11,7 +11,8 @@ from utils.data import load_data
 from utils.early_time import divergences, early_time
 from utils.flags import METHODS, get_args, make_parser
 from utils.masks import dense_mask, distance, magnitude_mask, sparsity, sparsity_after
-from utils.runs import Run, load_network, load_ticket
+from utils.runs import Run, load_network
+from utils.tickets import load_ticket
 from utils.training import evaluate, fit, learning_rate, make_optimizer, predict
 
 RESULT = {
@@ -320,6 +321,7 @@ def test_defaults_are_the_papers(method):
     assert (args.timestep, args.scheduler, args.optimizer, args.end_iter) == (5, "cosine", "sgd", 300)
     assert (args.prune_percent, args.prune_iterations, args.rewinding_epoch) == (25, 15, 20)
     assert (args.eb_window, args.eb_tolerance, args.early_time_epoch, args.early_time_threshold) == (5, 0.02, 2, 0.6)
+    assert args.precision == ("bf16" if torch.cuda.is_available() else "fp32")
     assert (args.arch, args.dataset, args.pruning_scope) == ("vgg16", "cifar10", "global")
     for dataset, epochs in (("cifar100", 300), ("svhn", 150), ("fmnist", 150)):
         assert get_args(method, None, ["--dataset", dataset]).end_iter == epochs

@@ -12,7 +12,7 @@ def divergences(logits: Tensor, fewest: int = 2) -> list[float]:
     An SNN is causal: in eval mode its first t outputs are those of a run of t timesteps, so one run of T timesteps
     holds them all. P_t is the softmax of the mean of the first t logits; D_KL(P_t || P_T) of Eq. 1 is summed over the
     classes and averaged over the images, and divided by its value at ``fewest``. A network that says the same after any
-    number of timesteps (a silent one, or an ANN) tells nothing about time: its divergences are all 1.
+    number of timesteps (a silent one, or an ANN) tells nothing about time: its divergences are all 1, which keeps T.
 
     Args:
         logits: [T, N, classes].

@@ -10,9 +10,11 @@ import torch
 from models import ARCHITECTURES, BATCH_NORMS, NEURONS
 
 from .data import DATASETS
+from .files import checksum
 from .masks import DISTANCES, SCOPES
+from .tickets import WRONG_TICKET, load_ticket
 
-# the script's name without train_snn_ and .py; early_time and early_bird are what it searches with
+# a script's name without train_snn_ and .py; the name says what it searches with
 METHODS = ("laterewindlth", "earlybird", "earlyT_laterewindlth", "earlyT_earlybird", "oneshot")
 TICKETS = ("random", "snip", "magnitude")  # or a file's path
 TOLERANCES = {"hamming": 0.02, "jaccard": 0.5}
@@ -69,8 +71,8 @@ _not_negative = _number(float, low=0)
 
 
 def make_parser(method: str, description: str | None = None) -> argparse.ArgumentParser:
-    """The parser of one script. All scripts take all flags, so that one command line serves the four; what a flag
-    belongs to stands in its group's title."""
+    """The parser of one script. All scripts take all flags but the one-shot script's own, so that one command line
+    serves them all; what a flag belongs to stands in its group's title."""
     parser = _Parser(
         prog=f"train_snn_{method}.py",
         description=description,
@@ -323,7 +325,7 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
     add(
         run,
         "--exp_name",
-        shown="the script's name without train_snn_",
+        shown="the method: the script's name without train_snn_, with the kind of ticket for oneshot",
         metavar="NAME",
         help="name of the experiment: the run is OUTPUT_DIR/NAME/DATASET-ARCH-roundN",
     )
@@ -340,8 +342,6 @@ def get_args(method: str, description: str | None = None, argv: list[str] | None
     args = parser.parse_args(argv)
     args.method = method
     if method == "oneshot":
-        if args.ticket not in TICKETS and not Path(args.ticket).is_file():
-            parser.error(f"argument --ticket: choose from {', '.join(TICKETS)}, or name a ticket; got {args.ticket!r}")
         args.method += f"-{args.ticket if args.ticket in TICKETS else 'transfer'}"
         args.method += "" if args.control == "none" else f"-{args.control}"
         args.search_timestep = args.search_timestep or args.timestep
@@ -351,6 +351,8 @@ def get_args(method: str, description: str | None = None, argv: list[str] | None
         args.exp_name = args.method
     if args.eb_tolerance is None:
         args.eb_tolerance = TOLERANCES[args.eb_distance]
+    if method == "oneshot":
+        _look_at_ticket(parser, args)
     _check_folder(parser, args)
     _check_sparsity(parser, args)
     if uses_rewinding(method) and args.rewinding_epoch >= args.end_iter:
@@ -378,8 +380,26 @@ def _check_folder(parser, args) -> None:
         parser.error(f"argument --exp_name: must be a name without a path, got {args.exp_name!r}")
 
 
+def _look_at_ticket(parser, args) -> None:
+    """What has to be known of a saved ticket beforehand: its level, its epoch, and a checksum to know it again."""
+    args.ticket_checksum, args.ticket_level, args.ticket_epoch = None, None, 0
+    if args.ticket in TICKETS:
+        return
+    if not Path(args.ticket).is_file():
+        parser.error(f"argument --ticket: choose from {', '.join(TICKETS)}, or name a ticket; got {args.ticket!r}")
+    mask, weights, origin = load_ticket(args.ticket, WRONG_TICKET)
+    args.ticket_checksum = f"{checksum(mask)} {checksum(weights)}"
+    args.ticket_level, args.ticket_epoch = origin["level"], origin["epoch"]
+    if args.ticket_epoch >= args.end_iter:
+        parser.error(
+            f"argument --end_iter: must be more than {args.ticket_epoch}, the epoch of the ticket's weights, "
+            f"got {args.end_iter}"
+        )
+
+
 def _check_sparsity(parser, args) -> None:
-    highest, lowest = args.prune_iterations - 1, 1 if uses_early_bird(args.method) else 0
+    prunes = uses_early_bird(args.method) or args.method.startswith(("oneshot-snip", "oneshot-magnitude"))
+    highest, lowest = args.prune_iterations - 1, 1 if prunes else 0
     if highest < lowest:
         parser.error(f"argument --prune_iterations: must be at least {lowest + 1}, got {args.prune_iterations}")
     if args.sparsity_round is None:
@@ -437,19 +457,21 @@ def _note_unused(args, parser, argv: list[str]) -> None:
 
 
 def _unused_by_ticket(ticket: str) -> set[str]:
+    sparsity = {"--sparsity_round", "--prune_percent", "--prune_iterations"}
     read_by = {
-        "random": {"--sparsity_round", "--random_scope"},
-        "snip": {"--sparsity_round", "--pruning_scope", "--snip_samples"},
-        "magnitude": {"--sparsity_round", "--pruning_scope", "--search_timestep"},
+        "random": sparsity | {"--random_scope"},
+        "snip": sparsity | {"--pruning_scope", "--snip_samples"},
+        "magnitude": sparsity | {"--pruning_scope", "--search_timestep"},
     }
     return set.union(*read_by.values()) - read_by.get(ticket, set())
 
 
 def reported_levels(args) -> list[int]:
-    """The levels, as numbers of prunings, whose tickets the run trains at T and reports; none where a saved ticket
-    knows its own."""
+    """The levels, as numbers of prunings, whose tickets the run trains at T and reports."""
+    if args.method.startswith("oneshot-transfer"):
+        return [args.ticket_level]
     if args.method.startswith("oneshot"):
-        return [args.sparsity_round] if args.ticket in TICKETS else []
+        return [args.sparsity_round]
     if uses_early_bird(args.method):
         return [args.sparsity_round]
     if uses_early_time(args.method):
@@ -460,7 +482,8 @@ def reported_levels(args) -> list[int]:
 def planned_epochs(args) -> tuple[int, int]:
     """Epochs of the search (for EB at most) and of the final training that the run will take."""
     if args.method.startswith("oneshot"):
-        return args.end_iter if args.ticket == "magnitude" else 0, args.end_iter
+        first = 0 if args.control == "reinit" else args.ticket_epoch
+        return args.end_iter if args.ticket == "magnitude" else 0, args.end_iter - first
     if uses_early_bird(args.method):
         return args.end_iter, args.end_iter
     level = args.end_iter - args.rewinding_epoch

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from .data import Data
 from .errors import InputError
-from .files import TEMPORARY, checksum, read_json, read_tensors, write_json, write_tensors, write_text
+from .files import TEMPORARY, checksum, part, read_json, read_tensors, write_json, write_tensors, write_text
 from .flags import planned_epochs, reported_levels
 from .masks import Mask, emptied_layers, layer_sparsity, sparsity
+from .tickets import load_ticket
 
 FORMAT = 1
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "safetensors")
@@ -37,7 +38,7 @@ RESULT_FIELDS = {
     "search_timesteps": int, "test_accuracy": (int, float), "best_test_accuracy": (int, float),
     "search_seconds": (int, float), "search_epochs": int, "search_timestep_epochs": int,
 }  # fmt: skip
-MAY_DIFFER = ("output_dir", "exp_name", "data_dir")  # where things are, not what is done
+MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket")  # where things are; what they hold has a checksum
 
 
 class Run:
@@ -54,6 +55,8 @@ class Run:
         self.args = args
         self.folder = Path(args.output_dir) / args.exp_name / f"{args.dataset}-{args.arch}-round{args.round}"
         self.seed = int(np.random.SeedSequence([args.seed, args.round]).generate_state(1)[0])
+        if Path(getattr(args, "ticket", "")).resolve().is_relative_to(self.folder.resolve()):
+            raise InputError(f"{args.ticket} lies in this run's own folder: give the run another --exp_name")
         self.rows, self.results = [], []
         self.position = 0  # where in the rows the next epoch belongs
         self.starts: dict[Path, str] = {}  # checksums of the states that stages started from
@@ -80,7 +83,7 @@ class Run:
         if not path.exists():
             write_json(path, self._flags() | _circumstances(self.args, self.seed) | {"data_checksum": images})
         elif read_json(path, REMEDY).get("data_checksum") != images:
-            raise InputError(f"{self.folder} was begun with other images than {self.args.data_dir} holds now: {REMEDY}")
+            raise InputError(f"{self.folder} was begun with other images than there are now: {REMEDY}")
         for leftover in self.folder.rglob(f"*{TEMPORARY}"):
             leftover.unlink()
 
@@ -146,7 +149,8 @@ class Run:
                 tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items() if tensor is not None}
         for position, mask in enumerate(recent):
             tensors |= {f"recent.{position}.{name}": m for name, m in mask.items()}
-        metadata = {"format": FORMAT, "start": self.starts[checkpoint], "epoch": epoch, "masks": len(recent)}
+        metadata = {"format": FORMAT, "stage": checkpoint.stem, "start": self.starts[checkpoint]}
+        metadata |= {"epoch": epoch, "masks": len(recent)}
         write_tensors(checkpoint, tensors, metadata)
 
     def generator(self, level: int, epoch: int) -> torch.Generator:
@@ -165,13 +169,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        levels = [row["level"] for row in self.results]
-        return self._ended(levels) and all(self.ticket_path(level).exists() for level in levels)
-
-    def _ended(self, levels: list[int]) -> bool:
-        """Whether these are the levels to report; that of a saved ticket stands in the ticket, not in the flags."""
-        expected = reported_levels(self.args)
-        return levels == expected if expected else len(levels) == 1
+        levels = reported_levels(self.args)
+        tickets = all(self.ticket_path(level).exists() for level in levels)
+        return tickets and [row["level"] for row in self.results] == levels
 
     # --- what is written -----------------------------------------------------------------------------------------
 
@@ -195,7 +195,9 @@ class Run:
         for index in reversed(stale):
             del self.rows[index]
 
-    def save_ticket(self, level: int, mask: Mask, weights: dict[str, Tensor], epoch: int) -> None:
+    def save_ticket(
+        self, level: int, mask: Mask, weights: dict[str, Tensor], epoch: int, source: dict | None = None
+    ) -> None:
         """Write ``tickets/level_NN.safetensors``, the mask and the weights to start from; a layer that is left without
         weights is named in a warning. A ticket that is there already is only checked.
 
@@ -204,6 +206,7 @@ class Run:
             mask: what the ticket keeps.
             weights: the dense state to start from.
             epoch: epochs of training behind the weights; the ticket's own training begins with this one.
+            source: where a saved ticket came from, if this one was made of it.
 
         Raises:
             InputError: the ticket on disk is damaged or another one.
@@ -229,6 +232,8 @@ class Run:
             "timesteps": self.args.timestep,
             "search_timesteps": self.search_timesteps,
         }
+        if source is not None:
+            origin["source"] = source
         tensors = {f"mask.{name}": m for name, m in mask.items()}
         write_tensors(path, tensors | {f"weights.{name}": w for name, w in weights.items()}, origin)
 
@@ -287,7 +292,7 @@ class Run:
 
     def report_epoch(self, title: str, images_per_second: float) -> None:
         """Print one line on the newest epoch."""
-        row = self.rows[-1]
+        row = self.rows[self.position - 1]
         tested = "" if row["test_accuracy"] is None else f", test {row['test_accuracy']:.2f} %"
         left = self.time_left(row["phase"], row["timesteps"], row["seconds"])
         print(
@@ -298,8 +303,8 @@ class Run:
 
     def report_finished(self) -> None:
         """Say that nothing is left to do, check the tickets, and print the table again."""
-        for row in self.results:
-            load_ticket(self.ticket_path(row["level"]))
+        for level in reported_levels(self.args):
+            load_ticket(self.ticket_path(level))
         print("this run is finished; --restart deletes it and starts over")
         self.report()
 
@@ -461,24 +466,24 @@ def load_checkpoint(
     Raises:
         InputError: the file is damaged, does not fit the network, or is another stage's.
     """
-    remedy = "remove it to train this stage again, or use --restart"
+    remedy = "remove it and results.json to train this stage again, or use --restart"
     tensors, metadata = read_tensors(path, remedy)
     try:
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}, this program reads {FORMAT}")
-        if start not in (None, metadata["start"]):
-            raise ValueError("it started from other weights or another mask")
-        model.load_state_dict(_part(tensors, "model."))
+        if start is not None and (metadata["stage"], metadata["start"]) != (path.stem, start):
+            raise ValueError(f"it is of stage {metadata['stage']}, or started from other weights or another mask")
+        model.load_state_dict(part(tensors, "model."))
         if optimizer is not None:
             states: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _part(tensors, "optimizer.").items():
+            for name, tensor in part(tensors, "optimizer.").items():
                 index, key = name.split(".")
                 states.setdefault(int(index), {})[key] = tensor
             optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         if recent is not None:
             device = next(model.parameters()).device
             recent.extend(
-                {name: m.to(device) for name, m in _part(tensors, f"recent.{position}.").items()}
+                {name: m.to(device) for name, m in part(tensors, f"recent.{position}.").items()}
                 for position in range(metadata["masks"])
             )
         return metadata["epoch"]
@@ -494,44 +499,3 @@ def load_network(path: Path | str, model: nn.Module) -> nn.Module:
     """
     load_checkpoint(Path(path), model)
     return model
-
-
-def load_ticket(path: Path | str) -> tuple[Mask, dict[str, Tensor], dict]:
-    """Read a ticket: its mask, the weights to start from (a state dict), and where it comes from.
-
-    Raises:
-        InputError: the file is damaged or not a ticket.
-    """
-    remedy = "remove it and run the command that made it again"
-    tensors, origin = read_tensors(Path(path), remedy)
-    mask, weights = _part(tensors, "mask."), _part(tensors, "weights.")
-    if not mask or any(m.dtype != torch.bool for m in mask.values()) or not mask.keys() <= weights.keys():
-        raise InputError(f"{path} is not a ticket (a bool mask, and weights for each of its entries): {remedy}")
-    if not all(isinstance(origin.get(name), int) for name in ("level", "epoch")):
-        raise InputError(f"{path} does not say its level and epoch: {remedy}")
-    return mask, weights, origin
-
-
-def load_fitting_ticket(path: Path | str, model: nn.Module, epochs: int) -> tuple[Mask, dict[str, Tensor], dict]:
-    """Read a ticket onto the device of the model it is for, to be trained up to ``epochs``.
-
-    Raises:
-        InputError: the ticket is damaged, does not fit the model (the message names the first parameter that differs),
-            or its weights have been trained for all the epochs already.
-        OSError: it cannot be opened.
-    """
-    mask, weights, origin = load_ticket(path)
-    if origin["epoch"] >= epochs:
-        raise InputError(f"{path} holds weights of epoch {origin['epoch']}: --end_iter must be more, got {epochs}")
-    state, device = model.state_dict(), next(model.parameters()).device
-    for name in [*state, *weights]:
-        ours, theirs = (tuple(s[name].shape) if name in s else "not there" for s in (state, weights))
-        if ours != theirs:
-            raise InputError(
-                f"{path} does not fit this network: {name} is {theirs} in the ticket, {ours} in the network"
-            )
-    return {n: m.to(device) for n, m in mask.items()}, {n: w.to(device) for n, w in weights.items()}, origin
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

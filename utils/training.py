@@ -77,7 +77,7 @@ def fit(
         checkpoint: file to go on from and to write after every epoch; None leaves both to the caller.
 
     Raises:
-        DivergedError: the loss is not finite; the checkpoint of the epoch before stays.
+        DivergedError: the loss or the weights are not finite; the checkpoint of the epoch before stays.
     """
     first = epochs.start
     if checkpoint is not None:
@@ -180,7 +180,7 @@ def _check_weights(model: nn.Module, title: str, rate: float) -> None:
         raise DivergedError(f"the weights are not finite after {title}, learning rate {rate:.4g}; {_KEPT}")
 
 
-_KEPT = "the checkpoint of the epoch before is kept; try a lower --learning_rate in a run of its own (--exp_name)"
+_KEPT = "what was saved before stays; try a lower --learning_rate in a run of its own (--exp_name)"
 
 
 @torch.inference_mode()
