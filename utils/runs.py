@@ -55,7 +55,8 @@ class Run:
         self.args = args
         self.folder = Path(args.output_dir) / args.exp_name / f"{args.dataset}-{args.arch}-round{args.round}"
         self.seed = int(np.random.SeedSequence([args.seed, args.round]).generate_state(1)[0])
-        if Path(getattr(args, "ticket", "")).resolve().is_relative_to(self.folder.resolve()):
+        saved = getattr(args, "ticket_checksum", None) is not None
+        if saved and Path(args.ticket).resolve().is_relative_to(self.folder.resolve()):
             raise InputError(f"{args.ticket} lies in this run's own folder: give the run another --exp_name")
         self.rows, self.results = [], []
         self.position = 0  # where in the rows the next epoch belongs
