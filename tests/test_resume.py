@@ -112,6 +112,38 @@ def test_kill_9_of_the_process(tmp_path, tiny, method, rows):
     assert_same(contents(folder_of(tmp_path, method)), contents(folder))
 
 
+def test_files_are_readable_as_the_umask_allows(tmp_path, tiny):
+    script("earlybird")(tiny)
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    files = [path for path in folder_of(tmp_path, "earlybird").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {mode}
+
+
+def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, tiny, monkeypatch, capsys):
+    main = script("earlybird")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 8, True)
+        with pytest.raises(Killed):
+            main(tiny)
+    before = contents(folder_of(tmp_path, "earlybird"))
+
+    def full(path, data):
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full)
+        with pytest.raises(SystemExit) as stop:
+            main(tiny)
+    assert stop.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    after = contents(folder_of(tmp_path, "earlybird"))
+    assert all(after[name][1] == value[1] for name, value in before.items() if name.endswith("safetensors"))
+    main(tiny)
+    assert json.loads((folder_of(tmp_path, "earlybird") / "results.json").read_text())
+
+
 def test_same_command_gives_the_same_weights_and_another_round_others(tmp_path, tiny):
     method = "laterewindlth"
     main = script(method)

@@ -54,10 +54,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> Non
     """Write tensors and JSON metadata as safetensors with a checksum, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"metadata": json.dumps(metadata), "checksum": checksum(tensors)}
-    try:
-        _replace(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, header))
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error})") from error
+    # through bytes: save_file would make a file that only its owner may read
+    _replace(path, lambda temporary: temporary.write_bytes(safetensors.torch.save(tensors, header)))
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict]:
