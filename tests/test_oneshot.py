@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import script
+from test_resume import Killed, assert_same, contents, kill_at
 from torch.nn import functional as F
 
 from models import build_model
@@ -139,6 +140,21 @@ def test_ticket_that_is_trained_to_the_end_already(run, tiny, capsys):
         script("oneshot")([*tiny, "--ticket", str(path), "--end_iter", "2"])
     assert stop.value.code == 2
     assert "--end_iter: must be more than 2, the epoch of the ticket's weights, got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("magnitude", "shuffle"), ("snip", "reinit")])
+def test_killed_and_resumed_the_same_ticket_comes_out(run, tmp_path, tiny, monkeypatch, flags):
+    """What is random is drawn again on the way to where the run stopped."""
+    more = ["--ticket", flags[0], "--control", flags[1]]
+    whole = run("oneshot", *more)
+    elsewhere = [*tiny[:-1], str(tmp_path / "killed"), *more]
+    with monkeypatch.context() as patch:
+        kill_at(patch, 7, True)
+        with pytest.raises(Killed):
+            script("oneshot")(elsewhere)
+    script("oneshot")(elsewhere)
+    folder = tmp_path / "killed" / whole.folder.parent.name / whole.folder.name
+    assert_same(contents(whole.folder), contents(folder))
 
 
 def refused(capsys, flags):
