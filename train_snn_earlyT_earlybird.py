@@ -31,7 +31,7 @@ def main(argv=None):
     data = load_data(args)
     run.begin(data)
     torch.manual_seed(run.seed)
-    model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
+    model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm, args.compile)
     model.to(args.device)
     train = partial(fit, model, data, args, run=run)
 

@@ -31,7 +31,7 @@ def main(argv=None):
     data = load_data(args)
     torch.manual_seed(run.seed)
     build = partial(build_model, args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
-    model = build().to(args.device)
+    model = build(args.compile).to(args.device)
     saved = None if args.ticket in TICKETS else load_fitting_ticket(args.ticket, model)
     run.begin(data)
     train = partial(fit, model, data, args, run=run)

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .layers import compile_blocks
 from .resnet import ResNet19
 from .vgg import VGG16
 
@@ -17,6 +18,7 @@ def build_model(
     neuron: str = "lif",
     width: float = 1.0,
     batch_norm: str = "per_timestep",
+    compile: bool = False,
 ) -> nn.Module:
     """Build a network with freshly drawn weights (torch's global generator).
 
@@ -27,6 +29,7 @@ def build_model(
         neuron: ``lif``, or ``relu`` for the ANN of the same shape.
         width: factor on the number of channels of every hidden layer.
         batch_norm: where training statistics come from, see ``models.layers.BatchNorm``.
+        compile: fuse what lies between convolutions into one kernel each; see ``models.layers.compile_blocks``.
 
     Returns:
         A module that maps images [B, channels, H, W] (H and W at least 32) and a number of timesteps T
@@ -44,4 +47,7 @@ def build_model(
             raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
     if min(channels, classes, width) <= 0:
         raise ValueError(f"channels, classes and width must be positive, got {channels}, {classes}, {width}")
-    return ARCHITECTURES[arch](channels, classes, neuron, width, batch_norm)
+    model = ARCHITECTURES[arch](channels, classes, neuron, width, batch_norm)
+    if compile:
+        compile_blocks(model)
+    return model

@@ -1,4 +1,5 @@
-"""Layers over sequences [T, B, ...]: spikingjelly's stateless ones in multi-step mode, and our batch norm."""
+"""Layers over sequences [T, B, ...]: spikingjelly's stateless ones in multi-step mode, our batch norm, and the block
+that is compiled."""
 
 from functools import partial
 
@@ -6,10 +7,14 @@ import torch
 from spikingjelly.activation_based import functional, layer
 from torch import Tensor, nn
 
+from .lif import make_neuron
+
 Conv3x3 = partial(layer.Conv2d, kernel_size=3, padding=1, step_mode="m")
 Conv1x1 = partial(layer.Conv2d, kernel_size=1, step_mode="m")
 Linear = partial(layer.Linear, step_mode="m")
 HalvingMaxPool = partial(layer.MaxPool2d, kernel_size=2, stride=2, step_mode="m")
+
+MOST_KERNELS = 256  # shapes x timesteps x training or not; past torch's own limit of 8, calls would run unfused
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -32,16 +37,43 @@ class BatchNorm(nn.BatchNorm2d):
         return functional.seq_to_ann_forward(x, super().forward)
 
 
+class NormAndFire(nn.Module):
+    """What stands between two convolutions: batch norm, the shortcut if there is one, the neuron.
+
+    ``compile_blocks`` makes one kernel of it: these are all operations that read and write whole activations and
+    compute little, and in a network of T timesteps they would pass over memory some 10 times T times.
+    """
+
+    def __init__(self, channels: int, neuron: str, statistics: str = "per_timestep"):
+        super().__init__()
+        self.norm = BatchNorm(channels, statistics)
+        self.neuron = make_neuron(neuron)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, timesteps: int | None = None) -> Tensor:
+        """Currents [T, B, C, H, W] to spikes of the same shape. With ``timesteps`` the current [1, B, C, H, W] is the
+        same at every timestep (direct encoding): normalised once, without a copy."""
+        x = self.norm(x)
+        if shortcut is not None:
+            x = x + shortcut
+        if timesteps is not None:
+            x = x.expand(timesteps, *x.shape[1:])
+        return self.neuron(x)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have torch.compile fuse every ``NormAndFire``, at the first call with a shape and a number of timesteps; blocks
+    of the same shape share a kernel. What lies outside of them stays as it is: convolutions have their own kernels."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_KERNELS)
+    for module in model.modules():
+        if isinstance(module, (NormAndFire, BatchNorm)):
+            module.compile(dynamic=False)
+
+
 class GlobalAvgPool(nn.Module):
     """Mean over the image plane, [T, B, C, H, W] to [T, B, C]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(-2, -1))
-
-
-def over_timesteps(x: Tensor, timesteps: int) -> Tensor:
-    """Direct encoding: the same input current at every timestep, [1, B, ...] to [T, B, ...] without a copy."""
-    return x.expand(timesteps, *x.shape[1:])
 
 
 def scaled(channels: int, width: float) -> int:

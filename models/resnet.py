@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .layers import BatchNorm, Conv1x1, Conv3x3, GlobalAvgPool, Linear, over_timesteps, scaled
+from .layers import BatchNorm, Conv1x1, Conv3x3, GlobalAvgPool, Linear, NormAndFire, scaled
 from .lif import make_neuron
 
 STAGES = ((128, 3), (256, 3), (512, 2))  # channels, blocks; a stage's first block halves the image
@@ -14,11 +14,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, neuron: str, batch_norm: str):
         super().__init__()
         self.conv1 = Conv3x3(in_channels, out_channels, stride=stride, bias=False)
-        self.bn1 = BatchNorm(out_channels, batch_norm)
-        self.neuron1 = make_neuron(neuron)
+        self.fire1 = NormAndFire(out_channels, neuron, batch_norm)
         self.conv2 = Conv3x3(out_channels, out_channels, bias=False)
-        self.bn2 = BatchNorm(out_channels, batch_norm)
-        self.neuron2 = make_neuron(neuron)
+        self.fire2 = NormAndFire(out_channels, neuron, batch_norm)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
@@ -26,8 +24,8 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.neuron1(self.bn1(self.conv1(x)))
-        return self.neuron2(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = self.fire1(self.conv1(x))
+        return self.fire2(self.conv2(out), self.shortcut(x))
 
 
 class ResNet19(nn.Module):
@@ -40,8 +38,8 @@ class ResNet19(nn.Module):
     def __init__(self, channels: int, classes: int, neuron: str, width: float, batch_norm: str):
         super().__init__()
         in_channels = scaled(64, width)
-        self.stem = nn.Sequential(Conv3x3(channels, in_channels, bias=False), BatchNorm(in_channels, batch_norm))
-        self.stem_neuron = make_neuron(neuron)
+        self.stem = Conv3x3(channels, in_channels, bias=False)
+        self.stem_fire = NormAndFire(in_channels, neuron, batch_norm)
         blocks = []
         for out_channels, count in STAGES:
             out_channels = scaled(out_channels, width)
@@ -57,6 +55,6 @@ class ResNet19(nn.Module):
 
     def forward(self, images: Tensor, timesteps: int) -> Tensor:
         current = self.stem(images.unsqueeze(0))  # [1,B,C,H,W]
-        spikes = self.blocks(self.stem_neuron(over_timesteps(current, timesteps)))  # [T,B,C,H,W]
+        spikes = self.blocks(self.stem_fire(current, timesteps=timesteps))  # [T,B,C,H,W]
         hidden = self.hidden_neuron(self.hidden(self.pool(spikes)))  # [T,B,256]
         return self.classifier(hidden)  # [T,B,classes]

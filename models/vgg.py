@@ -2,8 +2,7 @@
 
 from torch import Tensor, nn
 
-from .layers import BatchNorm, Conv3x3, GlobalAvgPool, HalvingMaxPool, Linear, over_timesteps, scaled
-from .lif import make_neuron
+from .layers import Conv3x3, GlobalAvgPool, HalvingMaxPool, Linear, NormAndFire, scaled
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -21,17 +20,18 @@ class VGG16(nn.Module):
         for stage in STAGES:
             for out_channels in stage:
                 out_channels = scaled(out_channels, width)
-                layers += [Conv3x3(channels, out_channels), BatchNorm(out_channels, batch_norm), make_neuron(neuron)]
+                layers += [Conv3x3(channels, out_channels), NormAndFire(out_channels, neuron, batch_norm)]
                 channels = out_channels
             layers.append(HalvingMaxPool())
-        self.stem = nn.Sequential(*layers[:2])
+        self.stem, self.stem_fire = layers[:2]
         self.features = nn.Sequential(*layers[2:], GlobalAvgPool())
         self.classifier = Linear(channels, classes)
         self.apply(init_weights)
 
     def forward(self, images: Tensor, timesteps: int) -> Tensor:
         current = self.stem(images.unsqueeze(0))  # [1,B,C,H,W]
-        features = self.features(over_timesteps(current, timesteps))  # [T,B,C]
+        spikes = self.stem_fire(current, timesteps=timesteps)  # [T,B,C,H,W]
+        features = self.features(spikes)  # [T,B,C]
         return self.classifier(features)  # [T,B,classes]
 
 

@@ -1,5 +1,6 @@
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from utils.tickets import load_ticket
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+needs_a_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the CPU")
 torch.set_num_threads(1)  # small tensors; CI has two cores and subprocesses to run
 
 # the smallest runs that go through everything: a few seconds for the longest script

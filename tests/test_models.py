@@ -1,11 +1,13 @@
+import copy
+
 import pytest
 import torch
-from conftest import lively
+from conftest import lively, needs_a_compiler
 from reference import loop_of
 from torch.nn import functional as F
 
 from models import build_model
-from models.layers import BatchNorm
+from models.layers import BatchNorm, NormAndFire, compile_blocks
 from models.lif import LIF
 from utils.masks import prunable
 
@@ -141,3 +143,44 @@ def test_membranes_stay_fp32_in_bf16():
 def test_unknown_choices_name_the_choices(kwargs, message):
     with pytest.raises(ValueError, match=message):
         build_model(**({"arch": "vgg16", "channels": 3, "classes": 10} | kwargs))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("statistics", ["per_timestep", "over_time"])
+def test_compiled_block_is_the_block(statistics):
+    torch.manual_seed(0)
+    eager = NormAndFire(4, "lif", statistics).double()
+    compiled = copy.deepcopy(eager)
+    compile_blocks(compiled)
+    outcomes = []
+    for block in (eager, compiled):
+        torch.manual_seed(1)
+        x = torch.randn(3, 6, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+        spikes = [block(x, shortcut=x.flip(0)), block(x[:1], timesteps=3), block.eval()(x)]
+        sum((s * torch.randn_like(s)).sum() for s in spikes).backward()
+        outcomes.append([*spikes, x.grad, *(p.grad for p in block.parameters()), *block.state_dict().values()])
+    assert all(0.01 < spikes.mean() < 0.99 for spikes in outcomes[0][:3])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@needs_a_compiler
+def test_kernels_are_shared_and_a_change_of_timesteps_back_and_forth_ends():
+    def kernels():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    blocks = torch.nn.ModuleList(NormAndFire(3, "lif") for _ in range(12))
+    compile_blocks(blocks)
+    torch._dynamo.reset()
+    seen = []
+    for timesteps in (4, 2, 4, 2):
+        before = kernels()
+        for block in blocks:
+            block(torch.randn(timesteps, 2, 3, 4, 4))
+        seen.append(kernels() - before)
+    assert seen == [1, 1, 0, 0]
+    # past torch's own limit of 8 kernels, calls would run unfused
+    before = kernels()
+    for batch in range(3, 15):
+        blocks[0](torch.randn(2, batch, 3, 4, 4))
+    assert kernels() - before == 12

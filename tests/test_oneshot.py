@@ -125,7 +125,7 @@ def test_shuffling_keeps_the_counts_of_each_layer():
 def test_ticket_that_does_not_fit_names_the_first_parameter(run, tiny, capsys):
     path = run("earlybird").folder / "tickets" / "level_02.safetensors"
     for more, message in (
-        (("--width", "0.125"), r"stem.0.weight is (4, 3, 3, 3) in the ticket, (8, 3, 3, 3) in the network"),
+        (("--width", "0.125"), r"stem.weight is (4, 3, 3, 3) in the ticket, (8, 3, 3, 3) in the network"),
         (("--arch", "resnet19"), "blocks.0.conv1.weight is not there in the ticket"),
     ):
         with pytest.raises(SystemExit) as stop:

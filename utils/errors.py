@@ -25,10 +25,9 @@ def one_line_errors(main):
         except (InputError, OSError) as error:
             code, line = 2, f"error: {error}"
         except RuntimeError as error:  # torch has no class of its own for memory of the CPU
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            code, line = 1, _what_to_do(error)
+            if line is None:
                 raise
-            code = 1
-            line = "error: out of memory: try a smaller --batch_size, --width or --timestep (and another --exp_name)"
         except DivergedError as error:
             code, line = 1, f"error: {error}"
         except KeyboardInterrupt:
@@ -37,3 +36,12 @@ def one_line_errors(main):
         raise SystemExit(code)
 
     return wrapped
+
+
+def _what_to_do(error: RuntimeError) -> str | None:
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return "error: out of memory: try a smaller --batch_size, --width or --timestep (and another --exp_name)"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(error).split("\n")[0]
+        return f"error: torch.compile does not work here ({reason}): leave out --compile (and use another --exp_name)"
+    return None

@@ -321,6 +321,15 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         shown="bf16 on CUDA, fp32 on the CPU",
         help="arithmetic of the forward pass (bf16: autocast; membranes and weights stay fp32)",
     )
+    add(
+        run,
+        "--compile",
+        action="store_true",
+        default=False,
+        shown="off",
+        help="fuse what lies between convolutions with torch.compile: the first steps take longer, all others less",
+    )
+    run.add_argument("--no_compile", dest="compile", action="store_false", default=False, help="do not (default)")
     add(run, "--output_dir", default="runs", metavar="DIR", help="folder that holds all runs")
     add(
         run,

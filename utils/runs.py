@@ -23,7 +23,7 @@ from .flags import planned_epochs, reported_levels
 from .masks import Mask, emptied_layers, layer_sparsity, sparsity
 from .tickets import load_ticket
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "safetensors")
 WRITTEN = ("args.json", "metrics.jsonl", "results.json", "tickets", "checkpoints")
 REMEDY = "use another --exp_name, or --restart to delete that run and start over"

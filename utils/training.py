@@ -147,8 +147,7 @@ def _train_epoch(model, batches, images, update, timesteps, args, title, time_le
     next_read = started + SECONDS_BETWEEN_READS
     with tqdm(total=images, desc=title, unit="image", leave=False, file=sys.stdout, disable=None) as bar:
         for step, (inputs, labels) in enumerate(batches):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                logits = model(inputs, timesteps)
+            logits = _forward(model, inputs, timesteps, args.precision, args.batch_size)
             loss = loss_over_time(logits, labels)
             update(loss)
             losses[step] = loss.detach() * len(labels)
@@ -165,6 +164,14 @@ def _train_epoch(model, batches, images, update, timesteps, args, title, time_le
                 next_read = now + SECONDS_BETWEEN_READS
     _check_finite(losses, title, update.learning_rate)
     return losses.sum().item() / images, 100 * correct.item() / images
+
+
+def _forward(model: nn.Module, inputs: Tensor, timesteps: int, precision: str, batch_size: int) -> Tensor:
+    """Logits [T,B,classes]. A last batch that is not full is not compiled for: it would need kernels of its own."""
+    stance = "default" if len(inputs) == batch_size else "force_eager"
+    autocast = torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16")
+    with torch.compiler.set_stance(stance), autocast:
+        return model(inputs, timesteps)
 
 
 def _check_finite(losses: Tensor, title: str, rate: float) -> None:
@@ -190,8 +197,7 @@ def predict(model: nn.Module, split: Split, timesteps: int, precision: str = "fp
     model.eval()
     logits = []
     for inputs, _ in split.batches(EVALUATION_BATCH):
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits.append(model(inputs, timesteps).float())
+        logits.append(_forward(model, inputs, timesteps, precision, EVALUATION_BATCH).float())
     model.train(training)
     return torch.cat(logits, dim=1)
 
