@@ -1,10 +1,11 @@
 """What a ticket costs to run, counted again in other ways."""
 
+import json
 from itertools import product
 
 import pytest
 import torch
-from conftest import lively
+from conftest import ROOT, folder_of, lively, script
 from spikingjelly.activation_based import layer
 from spikingjelly.activation_based.monitor import InputMonitor, OutputMonitor
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCounter, SynOpCounter
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from models import build_model
 from models.layers import GlobalAvgPool
 from models.lif import LIF
-from utils import activity
+from utils import activity, runs
 from utils.activity import measure
 from utils.data import DATASETS, Split
 from utils.masks import apply_mask, dense_mask, drop_lowest, random_scores
@@ -275,3 +276,46 @@ def test_compiled_layers_are_counted_too():
     with torch.inference_mode():
         model.eval()(inputs_of(split), 2)
     assert measure(model, mask, split, 2) == eager
+
+
+def test_result_rows_say_what_the_trained_network_costs(run):
+    done = run("laterewindlth", "--sparsity_round", "1", arch="resnet19")
+    dense, ticket = done.results
+    for row in (dense, ticket):
+        assert row.keys() >= {*FIELDS, "ticket_bytes"}
+        path = done.folder / "tickets" / f"level_{row['level']:02d}.safetensors"
+        assert row["ticket_bytes"] == path.stat().st_size
+    assert dense["dense_macs_per_image"] == ticket["dense_macs_per_image"]
+    assert 0 < ticket["macs_per_image"] < dense["macs_per_image"]
+    assert all(f"`{field}`" in (ROOT / "README.md").read_text(encoding="utf-8") for field in (*FIELDS, "ticket_bytes"))
+
+
+def test_a_row_that_is_there_is_not_measured_again(tmp_path, tiny, monkeypatch):
+    script("laterewindlth")(tiny)
+    path = folder_of(tmp_path, "laterewindlth") / "results.json"
+    rows = json.loads(path.read_text())
+    measured = []
+
+    def spy(model, mask, *rest):
+        measured.append(mask)
+        return measure(model, mask, *rest)
+
+    monkeypatch.setattr(runs, "measure", spy)
+    path.write_text(json.dumps(rows[:-1]))
+    script("laterewindlth")(tiny)
+    assert len(measured) == 1
+    assert json.loads(path.read_text()) == rows
+
+
+def test_rows_of_a_run_that_did_not_measure_are_read_and_completed(tmp_path, tiny, capsys):
+    script("laterewindlth")(tiny)
+    path = folder_of(tmp_path, "laterewindlth") / "results.json"
+    rows = json.loads(path.read_text())
+    old = [{name: row[name] for name in row if name not in (*FIELDS, "ticket_bytes")} for row in rows]
+    path.write_text(json.dumps(old))
+    capsys.readouterr()
+    script("laterewindlth")(tiny)
+    assert "this run is finished" in capsys.readouterr().out
+    path.write_text(json.dumps(old[:-1]))
+    script("laterewindlth")(tiny)
+    assert json.loads(path.read_text()) == rows
