@@ -69,7 +69,7 @@ def main(argv=None):
         optimizer = make_optimizer(model, args)
         epochs, checkpoint = range(args.rewinding_epoch, args.end_iter), run.checkpoint(f"train_{level:02d}")
         train(optimizer, masks[level], epochs, args.timestep, phase="train", level=level, checkpoint=checkpoint)
-        run.save_result(level, masks[level], model)
+        run.save_result(level, masks[level], model, data.test)
     run.report()
 
 

@@ -55,7 +55,8 @@ def main(argv=None):
     optimizer = make_optimizer(model, args)
     epochs, checkpoint = range(args.end_iter), run.checkpoint("train")
     train(optimizer, ticket, epochs, args.timestep, phase="train", level=level, checkpoint=checkpoint)
-    run.save_result(level, ticket, model, settled=has_settled(recent, args.eb_tolerance, args.eb_distance))
+    settled = has_settled(recent, args.eb_tolerance, args.eb_distance)
+    run.save_result(level, ticket, model, data.test, settled=settled)
     run.report()
 
 

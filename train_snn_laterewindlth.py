@@ -49,7 +49,7 @@ def main(argv=None):
         optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind
         epochs = range(args.rewinding_epoch, args.end_iter)
         train(optimizer, mask, epochs, args.timestep, level=level, checkpoint=run.checkpoint(f"level_{level:02d}"))
-        run.save_result(level, mask, model)
+        run.save_result(level, mask, model, data.test)
     run.report()
 
 

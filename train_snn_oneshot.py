@@ -63,7 +63,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, args)
     epochs, checkpoint = range(first, args.end_iter), run.checkpoint("train")
     train(optimizer, mask, epochs, args.timestep, phase="train", level=level, checkpoint=checkpoint)
-    run.save_result(level, mask, model)
+    run.save_result(level, mask, model, data.test)
     run.report()
 
 

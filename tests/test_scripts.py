@@ -18,7 +18,8 @@ from utils.training import evaluate, fit, learning_rate, make_optimizer, predict
 RESULT = {
     "method", "dataset", "arch", "round", "level", "sparsity", "sparsity_all_parameters", "timesteps",
     "search_timesteps", "test_accuracy", "best_test_accuracy", "search_seconds", "search_epochs",
-    "search_timestep_epochs", "train_seconds", "layers",
+    "search_timestep_epochs", "train_seconds", "layers", "ticket_bytes", "spikes_per_image", "firing_rates",
+    "synops_per_image", "macs_per_image", "dense_macs_per_image", "energy_uj_per_image", "ann_energy_uj_per_image",
 }  # fmt: skip
 EPOCH = {"phase", "level", "epoch", "timesteps", "lr", "loss", "train_accuracy", "test_accuracy", "seconds"}
 
