@@ -180,7 +180,6 @@ def test_kernels_are_shared_and_a_change_of_timesteps_back_and_forth_ends():
         seen.append(kernels() - before)
     assert seen == [1, 1, 0, 0]
     # past torch's own limit of 8 kernels, calls would run unfused
-    before = kernels()
-    for batch in range(3, 15):
-        blocks[0](torch.randn(2, batch, 3, 4, 4))
-    assert kernels() - before == 12
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for batch in range(3, 15):
+            blocks[0](torch.randn(2, batch, 3, 4, 4))
