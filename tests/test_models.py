@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from conftest import lively, needs_a_compiler
-from reference import loop_of
+from benchmarks.loop import loop_of
 from torch.nn import functional as F
 
 from models import build_model

@@ -16,7 +16,7 @@ from .errors import DivergedError
 from .masks import Mask, prunable
 from .runs import Run, clock
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = {"cpu": 100, "cuda": 500}  # images; on a CPU larger ones leave its caches and are slower
 SECONDS_BETWEEN_READS = 0.5  # a read of the loss waits for the device
 
 
@@ -38,6 +38,23 @@ def learning_rate(args, epoch: int) -> float:
     if args.scheduler == "cosine":
         return args.learning_rate * (1 + math.cos(math.pi * epoch / args.end_iter)) / 2
     return args.learning_rate * 0.1 ** sum(epoch >= share * args.end_iter for share in (1 / 2, 3 / 4))
+
+
+def forward(model: nn.Module, inputs: Tensor, timesteps: int, precision: str, batch_size: int) -> Tensor:
+    """Logits [T,B,classes] of normalised images [B,C,H,W].
+
+    Args:
+        model: the network.
+        inputs: the images.
+        timesteps: T.
+        precision: ``fp32``, or ``bf16`` for autocast; weights stay fp32.
+        batch_size: images in a full batch. Only full batches run compiled, if the model was built so: a last one that
+            is not full would need kernels of its own.
+    """
+    stance = "default" if len(inputs) == batch_size else "force_eager"
+    autocast = torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16")
+    with torch.compiler.set_stance(stance), autocast:
+        return model(inputs, timesteps)
 
 
 def loss_over_time(logits: Tensor, labels: Tensor) -> Tensor:
@@ -82,9 +99,7 @@ def fit(
     first = epochs.start
     if checkpoint is not None:
         first = run.resume(checkpoint, phase, level, epochs, model, optimizer)
-    weights = prunable(model)
-    pruned = [name for name in mask if not mask[name].all()]
-    update = _Update(optimizer, [weights[name] for name in pruned], [mask[name].float() for name in pruned])
+    update = MaskedUpdate(optimizer, model, mask)
     for epoch in range(first, epochs.stop):
         update.set_learning_rate(learning_rate(args, epoch))
         title = f"{phase} level {level} epoch {epoch + 1}/{args.end_iter} T={timesteps}"
@@ -113,13 +128,21 @@ def fit(
             run.save_checkpoint(checkpoint, epoch + 1, model, None if last else optimizer)
 
 
-class _Update:
-    """An optimizer step that keeps the pruned weights at 0."""
+class MaskedUpdate:
+    """An optimizer step that keeps the pruned weights at 0.
 
-    def __init__(self, optimizer, weights: list[Tensor], keep: list[Tensor]):
+    Args:
+        optimizer: of the model's parameters.
+        model: the network.
+        mask: what its ticket keeps.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, mask: Mask):
+        weights = prunable(model)
+        pruned = [name for name in mask if not mask[name].all()]
         self.optimizer = optimizer
-        self.weights = [weight.detach() for weight in weights]  # shares the parameter's memory
-        self.keep = keep
+        self.weights = [weights[name].detach() for name in pruned]  # shares the parameter's memory
+        self.keep = [mask[name].float() for name in pruned]
 
     @property
     def learning_rate(self) -> float:
@@ -147,7 +170,7 @@ def _train_epoch(model, batches, images, update, timesteps, args, title, time_le
     next_read = started + SECONDS_BETWEEN_READS
     with tqdm(total=images, desc=title, unit="image", leave=False, file=sys.stdout, disable=None) as bar:
         for step, (inputs, labels) in enumerate(batches):
-            logits = _forward(model, inputs, timesteps, args.precision, args.batch_size)
+            logits = forward(model, inputs, timesteps, args.precision, args.batch_size)
             loss = loss_over_time(logits, labels)
             update(loss)
             losses[step] = loss.detach() * len(labels)
@@ -164,14 +187,6 @@ def _train_epoch(model, batches, images, update, timesteps, args, title, time_le
                 next_read = now + SECONDS_BETWEEN_READS
     _check_finite(losses, title, update.learning_rate)
     return losses.sum().item() / images, 100 * correct.item() / images
-
-
-def _forward(model: nn.Module, inputs: Tensor, timesteps: int, precision: str, batch_size: int) -> Tensor:
-    """Logits [T,B,classes]. A last batch that is not full is not compiled for: it would need kernels of its own."""
-    stance = "default" if len(inputs) == batch_size else "force_eager"
-    autocast = torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16")
-    with torch.compiler.set_stance(stance), autocast:
-        return model(inputs, timesteps)
 
 
 def _check_finite(losses: Tensor, title: str, rate: float) -> None:
@@ -196,8 +211,9 @@ def predict(model: nn.Module, split: Split, timesteps: int, precision: str = "fp
     training = model.training
     model.eval()
     logits = []
-    for inputs, _ in split.batches(EVALUATION_BATCH):
-        logits.append(_forward(model, inputs, timesteps, precision, EVALUATION_BATCH).float())
+    batch_size = EVALUATION_BATCH[split.images.device.type]
+    for inputs, _ in split.batches(batch_size):
+        logits.append(forward(model, inputs, timesteps, precision, batch_size).float())
     model.train(training)
     return torch.cat(logits, dim=1)
 
