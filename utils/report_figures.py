@@ -196,7 +196,8 @@ def _time_unit(seconds: list[float]) -> tuple[float, str]:
 def _styles(section: Section) -> dict[str, int]:
     """A style for each experiment, by label: a method looks the same in all figures, its variants come after it."""
     fixed = {name: index for index, name in enumerate(NAMES.values())}
-    others = [e.label for e in section.experiments if e.label not in fixed]
+    others = sorted(section.experiments, key=lambda e: not e.method.startswith("oneshot-transfer"))
+    others = [experiment.label for experiment in others if experiment.label not in fixed]
     return fixed | {label: len(fixed) + index for index, label in enumerate(others)}
 
 
@@ -544,6 +545,8 @@ def early_time_and_threshold(sections: list[Section]) -> Plot | None:
     figure, (axis,), columns = _figure(1, [line.label for line in lines])
     for index, line in enumerate(lines):
         _plot(axis, line, shift=0.01 * (index - (len(lines) - 1) / 2))
+    most = max(value.mean for line in lines for _, value in line.points)
+    axis.set_ylim(1.6, most + 0.4)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axis.set_xlabel("threshold λ")
     axis.set_ylabel("T_early (timesteps)")

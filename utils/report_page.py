@@ -206,7 +206,7 @@ def _configuration(run: Found) -> str:
     state = "finished" if run.finished else "not finished"
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td><code>{escape(_text(value))}</code></td></tr>'
-        for name, value in sorted(run.args.items())
+        for name, value in sorted(run.noted.items())
     )
     table = _box(f"configuration of {run.folder}", f"<table><tbody>{rows}</tbody></table>")
     return f"<details><summary><code>{escape(run.folder)}</code>, {state}</summary>{table}</details>"

@@ -10,6 +10,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, mode, stdev
 
@@ -59,10 +60,12 @@ MORE_RESULT_FIELDS = {"layers": dict, "firing_rates": dict, "settled": bool, "tr
 
 @dataclass(frozen=True)
 class Found:
-    """A run folder that could be read: its path below the runs folder, its flags with defaults filled in, its rows."""
+    """A run folder that could be read: its path below the runs folder, its flags with defaults filled in and as it
+    noted them, its rows."""
 
     folder: str
     args: dict
+    noted: dict
     rows: list[dict]
     results: list[dict]
 
@@ -198,6 +201,10 @@ def read_runs(root: Path) -> tuple[list[Found], dict[str, str]]:
             damaged[folder] = str(error)
     if not found and not damaged:
         raise InputError(f"there is no run below {root}: none of its folders holds an args.json")
+    known = NO_SETTING | {"data_checksum"} | _defaults("oneshot").keys()  # that script has all flags
+    for name in {name for run in found for name in run.noted} - known:
+        for run in found:
+            run.args.setdefault(name, None)  # a flag that only other runs know
     return found, damaged
 
 
@@ -227,7 +234,7 @@ def read_run(path: Path, folder: str) -> Found:
             row["round"] = args["round"]
     except (ValueError, TypeError) as error:
         raise InputError(f"{name} is damaged ({error}): {remedy}") from error
-    return Found(folder, _defaults(args["method"]) | args, rows, results)
+    return Found(folder, _defaults(args["method"]) | args, args, rows, results)
 
 
 def _check_row(row, fields: dict, optional: dict) -> None:
@@ -245,6 +252,7 @@ def _check_row(row, fields: dict, optional: dict) -> None:
         raise ValueError("a number is not finite")
 
 
+@cache
 def _defaults(method: str) -> dict:
     """What flags that a run does not know yet would have been."""
     script = "oneshot" if method.startswith("oneshot") else method
@@ -253,9 +261,8 @@ def _defaults(method: str) -> dict:
 
 def settings_of(run: Found) -> dict:
     """The flags that make a difference to the run's results, beside method, size, sparsity and saved ticket."""
-    known = run.args.keys() & {"method", "ticket", "optimizer"}
-    unused = {"ticket": "random", "optimizer": "sgd"} | {name: run.args[name] for name in known}
-    ignored = NO_SETTING | {flag.removeprefix("--") for flag in without_effect(Namespace(**unused))}
+    unused = without_effect(Namespace(**_defaults("oneshot") | run.args))
+    ignored = NO_SETTING | {flag.removeprefix("--") for flag in unused}
     if not uses_rewinding(run.args["method"]):
         ignored.add("prune_percent")
     if (run.args.get("neuron"), run.args.get("timestep")) == ("relu", 1):
