@@ -15,7 +15,7 @@ from PIL import Image
 from report import main
 from utils.report_figures import chosen_timesteps
 from utils.report_runs import read_runs, sections_of
-from utils.report_tables import paper_table, shown_columns, tables_csv
+from utils.report_tables import markdown, paper_table, shown_columns, table_1, tables_csv
 
 FLAGS = {
     "dataset": "cifar10", "arch": "vgg16", "width": 1.0, "train_samples": None, "test_samples": None, "neuron": "lif",
@@ -164,6 +164,17 @@ def test_the_paper_stands_beside_it_where_it_has_a_value(tmp_path):
     assert rows["IMP, local", 8]["paper_accuracy"] == ""
     assert rows["IMP", 0]["paper_accuracy"] == ""
     assert "Not the paper's size" not in (out / "tables.md").read_text()
+
+
+def test_where_the_paper_contradicts_itself_it_is_said(tmp_path):
+    for method in ("earlybird", "earlyT_earlybird"):
+        more = {"arch": "resnet19", "sparsity_round": 14}
+        write_run(tmp_path / "runs", method, method, 1, [result(14, 85.0)], **more)
+    runs, _ = read_runs(tmp_path / "runs")
+    (section,) = sections_of(runs)
+    text = markdown(table_1(section, paper_table()))
+    assert "paper −1.09" in text  # noqa: RUF001
+    assert "Paper, EB + ET at 98.13 %: printed delta contradicts the accuracies (+0.23)" in text
 
 
 def test_other_sizes_are_tables_of_their_own_and_say_so(tmp_path):

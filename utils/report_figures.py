@@ -441,7 +441,7 @@ def layer_sparsity(section: Section) -> Plot | None:
 def firing_rates(section: Section) -> Plot | None:
     """Fig. 11 by layer: how often neurons fire."""
     text = "Spikes per neuron and timestep in each layer."
-    return _over_layers(section, "firing_rates", "firing rate", "firing-rates", "Firing rates", text)
+    return _over_layers(section, "firing_rates", "firing rate (per timestep)", "firing-rates", "Firing rates", text)
 
 
 def spikes_and_sparsity(section: Section) -> Plot | None:

@@ -10,7 +10,6 @@ import re
 from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import mean, mode, stdev
 
@@ -252,16 +251,15 @@ def _check_row(row, fields: dict, optional: dict) -> None:
         raise ValueError("a number is not finite")
 
 
-@cache
 def _defaults(method: str) -> dict:
     """What flags that a run does not know yet would have been."""
-    script = "oneshot" if method.startswith("oneshot") else method
-    return vars(make_parser(script).parse_args([])) if script in METHODS else {}
+    script = method if method in METHODS else "oneshot"  # which has all flags
+    return vars(make_parser(script).parse_args([]))
 
 
 def settings_of(run: Found) -> dict:
     """The flags that make a difference to the run's results, beside method, size, sparsity and saved ticket."""
-    unused = without_effect(Namespace(**_defaults("oneshot") | run.args))
+    unused = without_effect(Namespace(**{"ticket": "random"} | run.args))
     ignored = NO_SETTING | {flag.removeprefix("--") for flag in unused}
     if not uses_rewinding(run.args["method"]):
         ignored.add("prune_percent")

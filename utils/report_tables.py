@@ -197,6 +197,11 @@ def table_1(section: Section, paper: dict) -> Table | None:
         "to find the ticket, its own training excluded, and the same in epochs x timesteps. Sparsity is of the "
         "prunable weights. Paper: Table 1, search on an RTX 2080 Ti."
     )
+    for experiment in experiments:
+        for column in columns:
+            row = paper_row(experiment, section, column, paper) if experiment.at(column) else None
+            if row and row["note"]:
+                notes.append(f"Paper, {experiment.label} at {row['sparsity']} %: {row['note']}.")
     head = ["method", *map(percent, columns), *map(percent, columns)]
     groups = (("", 1), ("accuracy (%)", len(columns)), ("search for the ticket", len(columns)))
     return Table("Table 1", head, rows, notes, groups)
