@@ -254,6 +254,7 @@ def test_unfinished_runs_are_listed_and_used_as_far_as_they_are(tmp_path):
         ("args.json", "{"),
         ("args.json", "[]"),
         ("args.json", '{"method": "earlybird"}'),
+        ("args.json", json.dumps(FLAGS | {"method": "earlybird", "round": 1, "rewinding_epoch": "20"})),
         ("args.json", b"\xff\xfe"),
         ("metrics.jsonl", '{"phase": "search"}\n'),
         ("metrics.jsonl", '{"phase": "sea'),

@@ -46,6 +46,7 @@ SAME = 0.01  # two densities that differ by less than this share are one sparsit
 
 NUMBER = (int, float)
 ARGS_FIELDS = {"method": str, "dataset": str, "arch": str, "round": int}
+MORE_ARGS_FIELDS = {"timestep": int, "rewinding_epoch": int, "search_timestep": int}  # positions in figures
 MORE_EPOCH_FIELDS = {
     "loss": NUMBER, "train_accuracy": NUMBER, "hamming": NUMBER, "jaccard": NUMBER, "divergences": list,
     "early_time": int,
@@ -218,6 +219,7 @@ def read_run(path: Path, folder: str) -> Found:
     try:
         args = read_json(name, remedy)
         check_fields(args, ARGS_FIELDS)
+        check_fields(args, {flag: kind for flag, kind in MORE_ARGS_FIELDS.items() if flag in args})
         name, rows = path / "metrics.jsonl", []
         if name.exists():
             rows = [json.loads(line) for line in name.read_text(encoding="utf-8").splitlines()]
@@ -359,7 +361,7 @@ def _source(run: Found, labels: dict[str, str]) -> str:
     """The experiment that a saved ticket is from, from the path of its file."""
     parts = Path(str(run.args.get("ticket"))).parts
     if len(parts) < 4:
-        return parts[-1]
+        return parts[-1] if parts else "saved ticket"
     place = re.sub(r"-round\d+$", "", parts[-3])
     name = labels.get(f"{parts[-4]}/{parts[-3]}") or NAMES.get(parts[-4], parts[-4])
     name = name.replace(", ANN", " (ANN)")
