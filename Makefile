@@ -1,14 +1,17 @@
-# Each target sets up .venv by itself: make demo | make test | make lint
+# Each target sets up .venv by itself: make demo | make report | make test | make lint
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo report test lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python train_snn_earlyT_earlybird.py --dataset digits --arch vgg16 --width 0.25 --batch_size 16 \
 		--learning_rate 0.1 --end_iter 12 --valid_freq 4 --sparsity_round 8 --eb_window 3 --eb_tolerance 0.05 \
 		--exp_name demo
+
+report: $(VENV)/ready
+	$(BIN)/python report.py runs/ --out report/
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest

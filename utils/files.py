@@ -33,6 +33,11 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a binary file, whole or not at all."""
+    _replace(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_json(path: Path, value) -> None:
     """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -447,6 +447,13 @@ def _device(parser, name: str) -> str:
 
 def _note_unused(args, parser, argv: list[str]) -> None:
     """Say which of the given flags have no effect here: nothing is ignored in silence."""
+    given = sorted(without_effect(args) & {word.split("=")[0] for word in argv})
+    if given:
+        print(f"note: {', '.join(given)} without effect in this run")
+
+
+def without_effect(args) -> set[str]:
+    """The flags that a run of this method, ticket and optimizer does not look at."""
     early_bird = {"--eb_window", "--eb_tolerance", "--eb_distance"}
     early_time = {"--early_time_epoch", "--early_time_threshold", "--early_time_samples"}
     unused = set() if uses_rewinding(args.method) else {"--rewinding_epoch"}
@@ -460,9 +467,7 @@ def _note_unused(args, parser, argv: list[str]) -> None:
         unused |= _unused_by_ticket(args.ticket)
     if args.optimizer == "adam":
         unused |= {"--momentum"}
-    given = sorted(unused & {word.split("=")[0] for word in argv})
-    if given:
-        print(f"note: {', '.join(given)} without effect in this run")
+    return unused
 
 
 def _unused_by_ticket(ticket: str) -> set[str]:

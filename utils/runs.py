@@ -355,7 +355,7 @@ class Run:
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for row in rows:
-                _check_fields(row, EPOCH_FIELDS)
+                check_fields(row, EPOCH_FIELDS)
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error}): --restart starts the run over") from error
         return rows
@@ -373,13 +373,18 @@ class Run:
             if not isinstance(results, list):
                 raise TypeError("no list of results")
             for row in results:
-                _check_fields(row, RESULT_FIELDS)
+                check_fields(row, RESULT_FIELDS)
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error}): {remedy}") from error
         return results
 
 
-def _check_fields(row, fields: dict) -> None:
+def check_fields(row, fields: dict) -> None:
+    """Check that a row is a JSON object that holds these fields, of these types.
+
+    Raises:
+        TypeError: it does not; the message names the field.
+    """
     if not isinstance(row, dict):
         raise TypeError("a row is no JSON object")
     for name, kind in fields.items():

@@ -1,0 +1,384 @@
+"""The report's tables: Table 1 of the paper for whatever was run, what a ticket costs to run, and every ticket."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from .report_runs import (
+    COSTS,
+    PAPER_SETTING,
+    Cell,
+    Experiment,
+    Section,
+    Spread,
+    base_of,
+    same_sparsity,
+    unlike_paper,
+)
+
+PAPER_TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "paper" / "table1.csv"
+MOST_COLUMNS = 5  # sparsities side by side
+IN_SOURCE = "see its source"  # a saved ticket's cost stands with the run that found it
+CSV_FIELDS = (
+    "dataset", "arch", "width", "train_samples", "test_samples", "end_iter", "experiment", "method", "level",
+    "sparsity", "n", "rounds", "accuracy_mean", "accuracy_std", "best_accuracy_mean", "search_timesteps_mean",
+    "search_seconds_mean", "search_seconds_std", "search_epochs_mean", "search_timestep_epochs_mean",
+    "train_seconds_mean", "delta_accuracy", "speed_gain", "timestep_epochs_gain", "base_n", "paper_accuracy",
+    "paper_hours", "paper_delta_accuracy", "paper_speed_gain", *(f"{name}_mean" for name in COSTS),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text: each cell is its lines, the first one the number and the others what stands small below it."""
+
+    title: str
+    head: list[str]
+    rows: list[list[list[str]]]
+    notes: list[str]
+    groups: tuple[tuple[str, int], ...] = ()  # titles over columns, and how many each spans
+
+
+def paper_table() -> dict[tuple[str, str, str, int], dict[str, str]]:
+    """Table 1 of the paper by data set, network, method and prunings."""
+    with PAPER_TABLE.open(encoding="utf-8", newline="") as file:
+        return {(r["dataset"], r["arch"], r["method"], int(r["prunings"])): r for r in csv.DictReader(file)}
+
+
+def paper_row(
+    experiment: Experiment, section: Section, column: float, paper: dict[tuple[str, str, str, int], dict[str, str]]
+) -> dict[str, str] | None:
+    """The paper's numbers for an experiment's sparsity, if it has them for this data set, network and method.
+
+    The size of the run and its training do not matter here; the report says where they are not the paper's.
+    """
+    comparable = experiment.plain and all(
+        experiment.settings.get(flag, PAPER_SETTING[flag]) == PAPER_SETTING[flag]
+        for flag in ("neuron", "pruning_scope")
+    )
+    if not comparable:
+        return None
+    for (dataset, arch, method, prunings), row in paper.items():
+        ours = (section.size["dataset"], section.size["arch"], experiment.method)
+        # 25 % of the prunable weights each time; the paper counts all parameters, which is 0.1 % less
+        if ours == (dataset, arch, method) and same_sparsity(column, 100 * (1 - 0.75**prunings)):
+            return row
+    return None
+
+
+def shown_columns(columns: list[float], most: int = MOST_COLUMNS) -> list[float]:
+    """A few sparsities to stand for many: the paper's where they are there, then an even choice; the last always."""
+    columns = [column for column in columns if column > 0]
+    if len(columns) <= most:
+        return columns
+    papers = [100 * (1 - 0.75**prunings) for prunings in (4, 8, 11, 14)]
+    of_paper = [column for column in columns if any(same_sparsity(column, p) for p in papers)]
+    if len(of_paper) > 1:
+        return sorted({*of_paper, columns[-1]})
+    return sorted({columns[round(i * (len(columns) - 1) / (most - 1))] for i in range(most)})
+
+
+# --- text --------------------------------------------------------------------------------------------------------
+
+
+def number(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")  # noqa: RUF001
+
+
+def signed(value: float, digits: int = 2) -> str:
+    text = number(value, digits)
+    return text if text.startswith("−") else f"+{text}"  # noqa: RUF001
+
+
+def significant(value: Spread) -> str:
+    """A mean of any size in about three digits, with a deviation where the values differ."""
+    steps = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
+    unit, name = next(((unit, name) for unit, name in steps if abs(value.mean) >= 10 * unit), (1, ""))
+    shown = value.mean / unit
+    digits = 0 if shown == int(shown) or abs(shown) >= 1000 else 1 if abs(shown) >= 10 else 2
+    deviation = f" ± {number(value.std / unit, max(digits, 1))}" if value.std else ""
+    return number(shown, digits) + deviation + name
+
+
+def duration(value: Spread) -> str:
+    """Seconds, mean and deviation in the unit they are read best in."""
+    unit, name, digits = (3600, "h", 2) if value.mean >= 3600 else (60, "min", 1) if value.mean >= 120 else (1, "s", 1)
+    deviation = "" if value.std is None else f" ± {number(value.std / unit, digits)}"
+    return f"{number(value.mean / unit, digits)}{deviation} {name}"
+
+
+def count(value: Spread) -> str:
+    """Mean of whole numbers, with a deviation where they differ."""
+    digits = 0 if value.mean == int(value.mean) else 1
+    return number(value.mean, digits) + (f" ± {number(value.std, 1)}" if value.std else "")
+
+
+def measured(value: Spread) -> str:
+    """Mean, and the deviation where there is one."""
+    return number(value.mean) + ("" if value.std is None else f" ± {number(value.std)}")
+
+
+def with_n(text: str, value: Spread) -> str:
+    """A number never stands without how many it is the mean of."""
+    return f"{text} (n={value.n})"
+
+
+def percent(column: float) -> str:
+    return f"{column:.2f} %"
+
+
+# --- Early-Time against its base ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What Early-Time changes at one sparsity; a ratio is None where nothing was searched or the machines differ."""
+
+    delta_accuracy: float
+    speed: float | None
+    cost: float | None
+    n: int
+    base_n: int
+
+    @property
+    def repetitions(self) -> str:
+        return f"(n={self.n})" if self.n == self.base_n else f"(n={self.n}, base n={self.base_n})"
+
+
+def gain(early: Experiment, base: Experiment, column: float) -> Gain | None:
+    """Compare two experiments at a sparsity that both have: means of accuracy, ratios of mean search cost."""
+    if not early.at(column) or not base.at(column):
+        return None
+    one, other = early.at(column)[0], base.at(column)[0]
+    accuracy = one.spread("test_accuracy").mean - other.spread("test_accuracy").mean
+
+    def ratio(field):
+        mine, its = one.spread(field).mean, other.spread(field).mean
+        return its / mine if mine > 0 and its > 0 else None
+
+    same_machine = len({run.args.get("device_name") for run in early.runs + base.runs}) == 1
+    return Gain(
+        accuracy,
+        ratio("search_seconds") if same_machine else None,
+        ratio("search_timestep_epochs"),
+        len(one.rows),
+        len(other.rows),
+    )
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def table_1(section: Section, paper: dict) -> Table | None:
+    """Table 1 of the paper: methods as rows, sparsities as columns; accuracy on the left, the search on the right."""
+    experiments = [e for e in section.experiments if any(cell.column > 0 for cell in e.cells)]
+    columns = shown_columns(section.columns)
+    if not columns:
+        return None
+    rows = []
+    for experiment in experiments:
+        row = [[experiment.label]]
+        row += [_accuracy(experiment, section, column, paper) for column in columns]
+        row += [_search(experiment, section, column, paper) for column in columns]
+        rows.append(row)
+        base = base_of(experiment, section)
+        if base is not None:
+            rows.append(_change(experiment, base, section, columns, paper))
+    notes = []
+    if section.dense is not None:
+        dense = section.dense.spread("test_accuracy")
+        notes.append(f"Dense network (IMP before its first pruning): {with_n(f'{measured(dense)} %', dense)}.")
+    left_out = len([column for column in section.columns if column > 0]) - len(columns)
+    if left_out:
+        notes.append(f"{left_out} more sparsities are in the list of every ticket and in tables.csv.")
+    notes.append(
+        "Accuracy in % after the last epoch, mean ± sample standard deviation over rounds. Search: training time spent "
+        "to find the ticket, its own training excluded, and the same in epochs x timesteps. Sparsity is of the "
+        "prunable weights. Paper: Table 1, search on an RTX 2080 Ti."
+    )
+    for experiment in experiments:
+        for column in columns:
+            row = paper_row(experiment, section, column, paper) if experiment.at(column) else None
+            if row and row["note"]:
+                notes.append(f"Paper, {experiment.label} at {row['sparsity']} %: {row['note']}.")
+    head = ["method", *map(percent, columns), *map(percent, columns)]
+    groups = (("", 1), ("accuracy (%)", len(columns)), ("search for the ticket", len(columns)))
+    return Table("Table 1", head, rows, notes, groups)
+
+
+def _accuracy(experiment: Experiment, section: Section, column: float, paper: dict) -> list[str]:
+    values = [cell.spread("test_accuracy") for cell in experiment.at(column)]
+    row = paper_row(experiment, section, column, paper)
+    return [with_n(measured(value), value) for value in values] + (
+        [f"paper {row['accuracy']}"] if values and row else []
+    )
+
+
+def _search(experiment: Experiment, section: Section, column: float, paper: dict) -> list[str]:
+    cells = experiment.at(column)
+    if cells and not experiment.searches:
+        return [IN_SOURCE]
+    lines = []
+    for cell in cells:
+        seconds, cost = cell.spread("search_seconds"), cell.spread("search_timestep_epochs")
+        if cost.mean:
+            lines += [with_n(duration(seconds), seconds), f"{count(cost)} epochs x T"]
+        else:
+            lines.append(with_n("no training", cost))
+    row = paper_row(experiment, section, column, paper)
+    return lines + ([f"paper {row['hours']} h"] if lines and row else [])
+
+
+def _change(early: Experiment, base: Experiment, section: Section, columns: list[float], paper: dict) -> list:
+    accuracy, speed = [], []
+    for column in columns:
+        change, row = gain(early, base, column), paper_row(early, section, column, paper)
+        if change is None:
+            accuracy.append([])
+            speed.append([])
+            continue
+        accuracy.append([f"{signed(change.delta_accuracy)} {change.repetitions}"])
+        if change.speed is None:
+            speed.append([f"no ratio {change.repetitions}"])
+        else:
+            speed.append([f"×{change.speed:.2f} {change.repetitions}"])  # noqa: RUF001
+        if change.cost is not None:
+            speed[-1].append(f"×{change.cost:.2f} in epochs x T")  # noqa: RUF001
+        if row:
+            accuracy[-1].append(f"paper {row['delta_accuracy'].replace('-', '−')}")  # noqa: RUF001
+            speed[-1].append(f"paper ×{row['speed_gain']}")  # noqa: RUF001
+    return [[f"Δ acc. / speed gain of {early.label}", f"against {base.label}"], *accuracy, *speed]
+
+
+def cost_table(section: Section) -> Table | None:
+    """What a ticket costs to run: spikes, operations and energy per image, and its size."""
+    heads = {
+        "spikes_per_image": "spikes per image", "synops_per_image": "synaptic operations per image",
+        "dense_macs_per_image": "MACs of the dense ANN per image", "energy_uj_per_image": "energy per image (µJ)",
+        "ann_energy_uj_per_image": "energy of the dense ANN per image (µJ)", "ticket_bytes": "ticket (bytes)",
+    }  # fmt: skip
+    cells = [(e, cell) for e in section.experiments for cell in e.cells]
+    fields = [name for name in COSTS if any(cell.spread(name) for _, cell in cells)]
+    if not fields:
+        return None
+    keep = {0.0, *shown_columns(section.columns)}
+    rows = []
+    for experiment, cell in cells:
+        values = [cell.spread(name) for name in fields]
+        if cell.column in keep and any(values):
+            written = [[with_n(significant(value), value)] if value else [] for value in values]
+            rows.append([[experiment.label], [percent(cell.column)], *written])
+    notes = ["Means ± sample standard deviation over rounds, on the test images, as the runs counted them."]
+    return Table("What a ticket costs to run", ["method", "sparsity", *(heads[f] for f in fields)], rows, notes)
+
+
+def every_ticket(section: Section) -> Table:
+    """One line per experiment and level."""
+    head = ["method", "level", "sparsity", "n", "rounds", "accuracy (%)", "best (%)", "search T", "search", "epochs"]
+    head += ["epochs x T", "own training"]
+    rows = []
+    for experiment in section.experiments:
+        for cell in experiment.cells:
+            trained = cell.spread("train_seconds")
+            search = [duration(cell.spread("search_seconds")), count(cell.spread("search_epochs"))]
+            search.append(count(cell.spread("search_timestep_epochs")))
+            texts = [
+                experiment.label, str(cell.level), percent(cell.column), str(len(cell.rows)),
+                ", ".join(map(str, cell.rounds)), measured(cell.spread("test_accuracy")),
+                measured(cell.spread("best_test_accuracy")), count(cell.spread("search_timesteps")),
+                *(search if experiment.searches else [IN_SOURCE, "", ""]), duration(trained) if trained else "",
+            ]  # fmt: skip
+            rows.append([[text] for text in texts])
+    return Table("Every ticket", head, rows, ["Mean ± sample standard deviation over the n rounds named."])
+
+
+def remarks(section: Section) -> list[str]:
+    """What has to be known to read a section's numbers: how it differs from the paper, machines, repeated rounds."""
+    lines = []
+    for experiment in section.experiments:
+        lines += [
+            f"{folder} repeats a round of {experiment.label} that another run has reported; it is counted once."
+            for folder in experiment.repeated
+        ]
+    unlike = {experiment.label: unlike_paper(experiment, section) for experiment in section.experiments}
+    common = {}
+    for flag, text in {flag: text for texts in unlike.values() for flag, text in texts.items()}.items():
+        concerned = [e for e in section.experiments if flag in section.size or flag in e.settings]
+        if all(unlike[e.label].get(flag) == text for e in concerned):
+            common[flag] = text
+    if common:
+        lines.append(f"Not the paper's size and settings: {', '.join(common.values())}.")
+    for label, texts in unlike.items():
+        own = [text for flag, text in texts.items() if flag not in common]
+        if own:
+            lines.append(f"{label}, not as in the paper: {', '.join(own)}.")
+    machines: dict[str, list[str]] = {}
+    for experiment in section.experiments:
+        for name in sorted({str(run.args.get("device_name", "not noted")) for run in experiment.runs}):
+            machines.setdefault(name, []).append(experiment.label)
+    if len(machines) == 1:
+        lines.append(f"All ran on: {next(iter(machines))}.")
+    else:
+        lines += [f"On {name}: {'; '.join(labels)}." for name, labels in machines.items()]
+    return lines
+
+
+def tables_csv(sections: list[Section], paper: dict) -> str:
+    """Every number as CSV, a line per experiment and level; percents, seconds, and the paper's hours."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, CSV_FIELDS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for section in sections:
+        for experiment in section.experiments:
+            for cell in experiment.cells:
+                writer.writerow(_csv_row(section, experiment, cell, paper))
+    return out.getvalue()
+
+
+def _csv_row(section: Section, experiment: Experiment, cell: Cell, paper: dict) -> dict:
+    row = {name: "" if value is None else value for name, value in section.size.items()}
+    row |= {"experiment": experiment.label, "method": experiment.method, "level": cell.level}
+    row |= {"sparsity": cell.column, "n": len(cell.rows), "rounds": " ".join(map(str, cell.rounds))}
+
+    def put(name, value, std=False):
+        if value is not None:
+            row[f"{name}_mean"] = f"{value.mean:.6g}"
+        if std and value is not None and value.std is not None:
+            row[f"{name}_std"] = f"{value.std:.6g}"
+
+    put("accuracy", cell.spread("test_accuracy"), std=True)
+    put("best_accuracy", cell.spread("best_test_accuracy"))
+    if experiment.searches:
+        put("search_seconds", cell.spread("search_seconds"), std=True)
+        for name in ("search_timesteps", "search_epochs", "search_timestep_epochs"):
+            put(name, cell.spread(name))
+    for name in ("train_seconds", *COSTS):
+        put(name, cell.spread(name))
+    base = base_of(experiment, section)
+    change = gain(experiment, base, cell.column) if base else None
+    if change:
+        row |= {"delta_accuracy": f"{change.delta_accuracy:.6g}", "base_n": change.base_n}
+        row["speed_gain"] = "" if change.speed is None else f"{change.speed:.6g}"
+        row["timestep_epochs_gain"] = "" if change.cost is None else f"{change.cost:.6g}"
+    of_paper = paper_row(experiment, section, cell.column, paper)
+    if of_paper:
+        row |= {"paper_accuracy": of_paper["accuracy"], "paper_hours": of_paper["hours"]}
+        row |= {"paper_delta_accuracy": of_paper["delta_accuracy"], "paper_speed_gain": of_paper["speed_gain"]}
+    return row
+
+
+def markdown(table: Table) -> str:
+    """A table as GitHub's Markdown, with its notes."""
+    over = [name for name, span in table.groups for _ in range(span)] or [""] * len(table.head)
+    head = [f"{group}: {name}" if group else name for group, name in zip(over, table.head, strict=True)]
+    lines = [head, ["---"] * len(head)]
+    lines += [["<br>".join(map(_escape, cell)) for cell in row] for row in table.rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"### {table.title}\n\n{text}\n\n" + "".join(f"{_escape(note)}\n\n" for note in table.notes)
+
+
+def _escape(text: str) -> str:
+    for sign in "\\`*_|<>[]":
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("\n", " ")
