@@ -152,10 +152,14 @@ def _first_network(scale: Scale, where: list[str], number: int) -> Iterator[Comm
     for how in ("lr", "none"):
         yield command("rewinding (Renda et al.)", "laterewindlth", f"imp-{how}", f"--rewind {how}")
     for level in scale.levels:
-        for control in ("shuffle", "reinit"):
-            for name, source in (("imp", "imp"), ("eb", f"eb-{level}"), ("eb-et", f"eb-et-{level}")):
-                flags = f"{ticket(source, level)} --control {control}"
-                yield command("controls", "oneshot", f"{name}-{control}-{level}", flags)
+        for name, source in (("imp", "imp"), ("eb", f"eb-{level}"), ("eb-et", f"eb-et-{level}")):
+            yield command(
+                "controls", "oneshot", f"{name}-shuffle-{level}", f"{ticket(source, level)} --control shuffle"
+            )
+        yield command("controls", "oneshot", f"imp-reinit-{level}", f"{ticket('imp', level)} --control reinit")
+    for options in ("--precision fp32", "--precision bf16", "--precision bf16 --compile"):
+        name = "dense-" + "-".join(word for word in options.replace("--", "").split() if word != "precision")
+        yield command("precision", "oneshot", name, f"--ticket random --sparsity_round 0 {options}")
 
 
 @one_line_errors
