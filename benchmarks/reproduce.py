@@ -194,15 +194,12 @@ def main(argv=None):
 
 
 def state(command: Command) -> str:
-    """``done``, ``missing`` (also if begun), or ``waits`` for a ticket that another run has yet to find."""
+    """``done``, ``missing`` (also if begun, or refused: the script says why), or ``waits`` for another run's ticket."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
         try:
             return "done" if Run(get_args(command.method, None, list(command.flags))).finished else "missing"
-        except SystemExit:
-            pass
-    if "--ticket" in error.getvalue():
-        return "waits"
-    raise InputError(error.getvalue().strip())
+        except (InputError, SystemExit):
+            return "waits" if "argument --ticket" in error.getvalue() else "missing"
 
 
 def dry_run(wanted: list[Command]) -> None:
