@@ -37,8 +37,8 @@ def main(argv=None):
 
     def choose_timesteps():
         logits = predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
-        run.note(divergences=divergences(logits))
-        return early_time(logits, args.early_time_threshold)
+        run.note(divergences=divergences(logits, args.divergence))
+        return early_time(logits, args.early_time_threshold, args.divergence)
 
     # search: train the dense network until its mask has settled
     target = sparsity_after(args.sparsity_round, args.prune_percent / 100)

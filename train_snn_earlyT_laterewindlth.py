@@ -37,8 +37,8 @@ def main(argv=None):
 
     def choose_timesteps():
         logits = predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
-        run.note(divergences=divergences(logits))
-        return early_time(logits, args.early_time_threshold)
+        run.note(divergences=divergences(logits, args.divergence))
+        return early_time(logits, args.early_time_threshold, args.divergence)
 
     # the dense network: T_early after --early_time_epoch epochs, the rewind point after --rewinding_epoch
     mask = dense_mask(model)

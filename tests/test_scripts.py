@@ -243,6 +243,7 @@ def test_emptied_layer_is_named_in_a_warning(run, capsys):
         ("laterewindlth", "--pruning_scope layer", "choose from global, local"),
         ("oneshot", "--ticket sniip", "choose from random, snip, magnitude, or name a ticket"),
         ("earlybird", "--eb_distance cosine", "choose from hamming, jaccard"),
+        ("earlyT_earlybird", "--divergence tv", "choose from kl, js"),
         ("earlybird", "--sparsity_round 0", "must be from 1 to 2"),
         ("earlybird", "--sparsity_round 3", "must be from 1 to 2"),
         ("laterewindlth", "--sparsity_round 3", "must be from 0 to 2"),
@@ -309,8 +310,9 @@ def test_folder_that_cannot_be_written(tmp_path, tiny, capsys):
 
 
 def test_flag_of_another_method_is_pointed_out(tiny, capsys):
-    get_args("laterewindlth", None, [*tiny, "--eb_window", "3"])
-    assert "--eb_window" in capsys.readouterr().out
+    get_args("laterewindlth", None, [*tiny, "--eb_window", "3", "--divergence", "js"])
+    out = capsys.readouterr().out
+    assert all(flag in out for flag in ("--eb_window", "--divergence", "without effect"))
     get_args("earlybird", None, ["--optimizer", "adam", "--momentum", "0.5"])
     assert "--momentum without effect" in capsys.readouterr().out
 
@@ -332,5 +334,5 @@ def test_defaults_are_the_papers(method):
 def test_help_gives_every_default():
     alone = {"--help", "--restart", "--no_compile"}
     actions = [action for action in make_parser("oneshot")._actions if not alone & set(action.option_strings)]
-    assert len(actions) == 41
+    assert len(actions) == 42
     assert all("(default: " in action.help for action in actions)

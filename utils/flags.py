@@ -10,6 +10,7 @@ import torch
 from models import ARCHITECTURES, BATCH_NORMS, NEURONS
 
 from .data import DATASETS
+from .early_time import DIVERGENCES
 from .files import checksum
 from .masks import DISTANCES, SCOPES
 from .tickets import WRONG_TICKET, load_ticket
@@ -262,6 +263,13 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
     )
     add(
         early_time,
+        "--divergence",
+        choices=DIVERGENCES,
+        default="kl",
+        help="how predictions of fewer timesteps are compared with those of T: Kullback-Leibler or Jensen-Shannon",
+    )
+    add(
+        early_time,
         "--evaluate_levels",
         type=_whole,
         nargs="+",
@@ -455,7 +463,7 @@ def _note_unused(args, parser, argv: list[str]) -> None:
 def without_effect(args) -> set[str]:
     """The flags that a run of this method, ticket and optimizer does not look at."""
     early_bird = {"--eb_window", "--eb_tolerance", "--eb_distance"}
-    early_time = {"--early_time_epoch", "--early_time_threshold", "--early_time_samples"}
+    early_time = {"--early_time_epoch", "--early_time_threshold", "--early_time_samples", "--divergence"}
     unused = set() if uses_rewinding(args.method) else {"--rewinding_epoch"}
     if not uses_early_bird(args.method):
         unused |= early_bird
