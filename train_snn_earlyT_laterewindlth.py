@@ -35,17 +35,22 @@ def main(argv=None):
     model.to(args.device)
     train = partial(fit, model, data, args, run=run)
 
+    def probe():
+        return predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
+
+    def observe():
+        return {"divergences": divergences(probe(), args.divergence)}
+
     def choose_timesteps():
-        logits = predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
-        run.note(divergences=divergences(logits, args.divergence))
-        return early_time(logits, args.early_time_threshold, args.divergence)
+        return early_time(probe(), args.early_time_threshold, args.divergence)
 
     # the dense network: T_early after --early_time_epoch epochs, the rewind point after --rewinding_epoch
     mask = dense_mask(model)
     optimizer = make_optimizer(model, args)
     timesteps, rewind_point = args.timestep, copy.deepcopy(model.state_dict())
     for start, stop in pairwise(sorted({0, args.early_time_epoch, args.rewinding_epoch})):
-        train(optimizer, mask, range(start, stop), timesteps, phase="dense", checkpoint=run.checkpoint(f"dense_{stop}"))
+        epochs, checkpoint = range(start, stop), run.checkpoint(f"dense_{stop}")
+        train(optimizer, mask, epochs, timesteps, phase="dense", checkpoint=checkpoint, observe=observe)
         if stop == args.rewinding_epoch:
             rewind_point = copy.deepcopy(model.state_dict())
         if stop == args.early_time_epoch:
@@ -57,8 +62,8 @@ def main(argv=None):
     for level in range(args.sparsity_round):
         rewind(model, rewind_point, mask)
         optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind
-        epochs = range(args.rewinding_epoch, args.end_iter)
-        train(optimizer, mask, epochs, timesteps, level=level, checkpoint=run.checkpoint(f"level_{level:02d}"))
+        epochs, checkpoint = range(args.rewinding_epoch, args.end_iter), run.checkpoint(f"level_{level:02d}")
+        train(optimizer, mask, epochs, timesteps, level=level, checkpoint=checkpoint, observe=observe)
         mask = prune_by_magnitude(model, mask, args.prune_percent / 100, args.pruning_scope)
         masks.append(mask)
         run.save_ticket(level + 1, mask, rewind_point, args.rewinding_epoch)

@@ -155,8 +155,9 @@ def test_imp_with_early_time_searches_short_and_evaluates_long(run, tiny):
     assert all(torch.equal(tensor, rewind_point[name]) for name, tensor in weights.items())
 
 
+@pytest.mark.parametrize("kind", ["kl", "js"])
 @pytest.mark.parametrize(("method", "stage"), [("earlyT_laterewindlth", "dense_1"), ("earlyT_earlybird", "search")])
-def test_early_time_is_chosen_from_the_network_after_its_epochs(run, tiny, monkeypatch, method, stage):
+def test_early_time_is_chosen_from_the_network_after_its_epochs(run, tiny, monkeypatch, method, stage, kind):
     """In eval mode, on the un-augmented training images, at T, after exactly one epoch."""
     started = build_model("vgg16", 3, 10, width=0.0625)
 
@@ -168,7 +169,7 @@ def test_early_time_is_chosen_from_the_network_after_its_epochs(run, tiny, monke
 
     monkeypatch.setattr(f"train_snn_{method}.build_model", lively_model)
     flags = ["--timestep", "5", "--early_time_threshold", "0.6", "--learning_rate", "1e-4", "--end_iter", "2"]
-    flags += ["--rewinding_epoch", "1", "--eb_tolerance", "0", "--early_time_samples", "30"]
+    flags += ["--rewinding_epoch", "1", "--eb_tolerance", "0", "--early_time_samples", "30", "--divergence", kind]
     early = run(method, *flags)
     (row,) = [row for row in early.rows if "early_time" in row]
     assert row["epoch"] == 0
@@ -186,9 +187,16 @@ def test_early_time_is_chosen_from_the_network_after_its_epochs(run, tiny, monke
         network = model.state_dict()
     started.load_state_dict(network)
     logits = predict(started, data.probe, 5)
-    assert row["divergences"] == divergences(logits)
+    assert row["divergences"] == divergences(logits, kind)
     assert 0 < row["divergences"][1] != 1
-    assert row["early_time"] == early_time(logits, 0.6) == early.results[0]["search_timesteps"]
+    assert row["early_time"] == early_time(logits, 0.6, kind) == early.results[0]["search_timesteps"]
+    # every epoch of the search is observed, at T though it trains with fewer timesteps; the ticket's own is not
+    last = "level_00" if method == "earlyT_laterewindlth" else "search"
+    started.load_state_dict(early.network(last))
+    searched = early.stage("search", 0)[-1]
+    assert searched["timesteps"] < 5
+    assert searched["divergences"] == divergences(predict(started, data.probe, 5), kind) != row["divergences"]
+    assert all(("divergences" in row) == (row["phase"] != "train") for row in early.rows)
 
 
 @pytest.mark.parametrize("method", ["earlybird", "earlyT_earlybird"])

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def fit(
     phase: str = "search",
     level: int = 0,
     checkpoint: Path | None = None,
+    observe: Callable[[], dict] | None = None,
 ) -> None:
     """Train for a range of epochs of the one absolute schedule; pruned weights are exactly 0 after every step.
 
@@ -92,6 +94,8 @@ def fit(
         phase: ``dense``, ``search`` or ``train``, for the log.
         level: prunings behind ``mask``.
         checkpoint: file to go on from and to write after every epoch; None leaves both to the caller.
+        observe: what to log beside the loss; called after every epoch, it must leave the model as it is. Its time is
+            not counted.
 
     Raises:
         DivergedError: the loss or the weights are not finite; the checkpoint of the epoch before stays.
@@ -121,6 +125,7 @@ def fit(
             train_accuracy=accuracy,
             test_accuracy=evaluate(model, data.test, timesteps, args.precision) if tested else None,
             seconds=seconds,
+            **(observe() if observe is not None else {}),
         )
         run.report_epoch(title, images_per_second=len(data.train) / seconds)
         if checkpoint is not None:
