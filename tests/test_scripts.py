@@ -61,7 +61,14 @@ def test_script_as_a_subprocess(tmp_path, tiny, method, arch):
 
 @pytest.mark.parametrize("base", ["laterewindlth", "earlybird"])
 @pytest.mark.parametrize(
-    "more", [(), ("--rewinding_epoch", "0"), ("--rewinding_epoch", "1", "--early_time_epoch", "3")]
+    "more",
+    [
+        (),
+        ("--rewinding_epoch", "0"),
+        ("--rewinding_epoch", "1", "--early_time_epoch", "3"),
+        ("--rewinding_epoch", "1", "--early_time_epoch", "3", "--rewind", "lr"),
+        ("--rewinding_epoch", "0", "--rewind", "none"),
+    ],
 )
 def test_early_time_with_threshold_0_is_its_base_script(run, base, more):
     plain = run(base, *more)
@@ -124,6 +131,44 @@ def test_imp_rewinds_to_the_initial_weights_at_epoch_0(run):
     initial = build_model("vgg16", 3, 10, width=0.0625).state_dict()
     for level in range(3):
         assert all(torch.equal(tensor, initial[name]) for name, tensor in imp.ticket(level)[1].items())
+
+
+@pytest.mark.parametrize("kind", ["lr", "none"])
+@pytest.mark.parametrize("epoch", ["0", "2"])
+def test_imp_without_weight_rewinding_goes_on_from_the_trained_weights(run, kind, epoch):
+    imp = run("laterewindlth", "--rewind", kind, "--rewinding_epoch", epoch)
+    plain = run("laterewindlth", "--rewinding_epoch", epoch, "--exp_name", "plain", "--sparsity_round", "0")
+    args = get_args("laterewindlth", None, ["--end_iter", "4", "--learning_rate", "0.1", "--rewinding_epoch", "0"])
+    for level in range(3):
+        epochs = [row["epoch"] for row in imp.stage("search", level)]
+        assert epochs == list(range(int(epoch), 4))
+        rates = [learning_rate(args, 3 if kind == "none" and level else e) for e in epochs]
+        assert [row["lr"] for row in imp.stage("search", level)] == rates
+        mask, weights, origin = imp.ticket(level)
+        assert (origin["rewind"], origin["epoch"]) == (kind, int(epoch))
+        if level == 0:  # the dense network is trained as ever
+            network, expected = imp.network("level_00"), plain.network("level_00")
+            assert all(torch.equal(tensor, network[name]) for name, tensor in expected.items())
+        else:
+            trained = imp.network(f"level_{level - 1:02d}")
+            assert all(torch.equal(tensor, trained[name]) for name, tensor in weights.items())
+        network = imp.network(f"level_{level:02d}")
+        assert all((network[name][~m] == 0).all() for name, m in mask.items())
+        assert any(not torch.equal(weights[name], network[name]) for name in mask)
+
+
+@pytest.mark.parametrize("kind", ["lr", "none"])
+def test_imp_with_early_time_trains_at_t_from_the_weights_found_at_t_early(run, kind):
+    imp = run("earlyT_laterewindlth", "--rewind", kind, "--evaluate_levels", "0", "1", "2")
+    for level in (1, 2):
+        _, weights, _ = imp.ticket(level)
+        trained = imp.network(f"level_{level - 1:02d}")
+        assert all(torch.equal(tensor, trained[name]) for name, tensor in weights.items())
+        assert {row["timesteps"] for row in imp.stage("search", level - 1)} == {2}
+        # the ticket alone is enough to train it again, at T
+        shot = run("oneshot", "--ticket", str(imp.folder / "tickets" / f"level_{level:02d}.safetensors"), "--restart")
+        before, after = imp.network(f"train_{level:02d}"), shot.network("train")
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_imp_stops_at_the_sparsity_round(run):
@@ -249,6 +294,7 @@ def test_emptied_layer_is_named_in_a_warning(run, capsys):
         ("laterewindlth", "--dataset mnist", "choose from cifar10, cifar100, svhn"),
         ("laterewindlth", "--arch vgg11", "choose from vgg16, resnet19"),
         ("laterewindlth", "--pruning_scope layer", "choose from global, local"),
+        ("laterewindlth", "--rewind rate", "choose from weights, lr, none"),
         ("oneshot", "--ticket sniip", "choose from random, snip, magnitude, or name a ticket"),
         ("earlybird", "--eb_distance cosine", "choose from hamming, jaccard"),
         ("earlyT_earlybird", "--divergence tv", "choose from kl, js"),
@@ -323,6 +369,9 @@ def test_flag_of_another_method_is_pointed_out(tiny, capsys):
     assert all(flag in out for flag in ("--eb_window", "--divergence", "without effect"))
     get_args("earlybird", None, ["--optimizer", "adam", "--momentum", "0.5"])
     assert "--momentum without effect" in capsys.readouterr().out
+    for method in ("earlybird", "earlyT_earlybird", "oneshot"):
+        assert get_args(method, None, ["--rewind", "none"]).rewind == "weights"
+        assert "--rewind without effect" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -342,5 +391,5 @@ def test_defaults_are_the_papers(method):
 def test_help_gives_every_default():
     alone = {"--help", "--restart", "--no_compile"}
     actions = [action for action in make_parser("oneshot")._actions if not alone & set(action.option_strings)]
-    assert len(actions) == 42
+    assert len(actions) == 43
     assert all("(default: " in action.help for action in actions)

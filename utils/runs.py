@@ -207,7 +207,7 @@ class Run:
             level: prunings behind the mask.
             mask: what the ticket keeps.
             weights: the dense state to start from.
-            epoch: epochs of training behind the weights; the ticket's own training begins with this one.
+            epoch: the ticket's own training begins with this one.
             source: where a saved ticket came from, if this one was made of it.
 
         Raises:
@@ -230,6 +230,7 @@ class Run:
             "format": FORMAT,
             "level": level,
             "epoch": epoch,
+            "rewind": self.args.rewind,
             "sparsity": 100 * sparsity(mask),
             "timesteps": self.args.timestep,
             "search_timesteps": self.search_timesteps,
