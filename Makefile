@@ -1,9 +1,9 @@
-# Each target sets up .venv by itself: make demo | make report | make test | make lint
+# Each target sets up .venv by itself: make demo | make report | make test | make bench | make lint
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo report test lint clean
+.PHONY: demo report test bench lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python train_snn_earlyT_earlybird.py --dataset digits --arch vgg16 --width 0.25 --batch_size 16 \
@@ -15,6 +15,10 @@ report: $(VENV)/ready
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest
+
+# make bench ARGS=--quick
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

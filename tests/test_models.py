@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 from conftest import lively, needs_a_compiler
-from benchmarks.loop import loop_of
 from torch.nn import functional as F
 
+from benchmarks.loop import loop_of
 from models import build_model
 from models.layers import BatchNorm, NormAndFire, compile_blocks
 from models.lif import LIF

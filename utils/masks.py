@@ -7,6 +7,7 @@ pruned. All functions work on the device their tensors are on.
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,24 +60,35 @@ def drop_lowest(scores: dict[str, Tensor], mask: Mask, fraction: float, scope: s
     groups = [list(mask)] if scope == "global" else [[name] for name in mask]
     pruned = {}
     for names in groups:
-        survivors = torch.cat([scores[name][mask[name]] for name in names])
-        keep = _all_but_lowest(survivors, round(fraction * survivors.numel()))
-        for name, kept in zip(names, keep.split([int(mask[name].sum()) for name in names]), strict=True):
-            pruned[name] = mask[name].clone()
-            pruned[name][mask[name]] = kept
+        alive = torch.cat([mask[name].flatten() for name in names])
+        ranked = torch.cat([scores[name].flatten() for name in names]).masked_fill_(~alive, torch.inf)
+        keep = _all_but_lowest(ranked, alive, round(fraction * int(alive.count_nonzero())))
+        for name, kept in zip(names, keep.split([mask[name].numel() for name in names]), strict=True):
+            pruned[name] = kept.view_as(mask[name]).clone()
     return pruned
 
 
-def _all_but_lowest(scores: Tensor, count: int) -> Tensor:
-    """Scores [n] to bool [n]: False for the ``count`` lowest, the first of equals first."""
+def _all_but_lowest(scores: Tensor, alive: Tensor, count: int) -> Tensor:
+    """bool [n], a new one: ``alive`` [n] without its ``count`` lowest scores [n], the first of equals first; what is
+    not alive has a score of infinity."""
     if scores.isnan().any():
         raise ValueError("a weight's score is not a number")
     if count == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count).values
-    ties = scores == threshold
-    below = scores < threshold
-    return ~(below | (ties & (ties.cumsum(0) <= count - below.sum())))
+        return alive.clone()
+    threshold = _kth_smallest(scores, count)
+    keep = alive & (scores > threshold)
+    spared = int(alive.count_nonzero() - keep.count_nonzero()) - count
+    if spared:
+        equals = (alive & (scores == threshold)).nonzero().flatten()
+        keep[equals[-spared:]] = True
+    return keep
+
+
+def _kth_smallest(values: Tensor, k: int) -> float | Tensor:
+    """The k-th smallest of values [n]. On a CPU numpy's selection takes a third of the time of torch's."""
+    if values.device.type == "cpu":
+        return float(np.partition(values.numpy(), k - 1)[k - 1])
+    return values.kthvalue(k).values
 
 
 def prune_by_magnitude(model: nn.Module, mask: Mask, fraction: float, scope: str = "global") -> Mask:
@@ -100,7 +112,7 @@ def sparsity(mask: Mask, parameters: int | None = None) -> float:
     The paper's 68.30 ... 98.13 % are fractions of all parameters, biases and batch norm included.
     """
     total = sum(m.numel() for m in mask.values())
-    kept = sum(int(m.sum()) for m in mask.values())
+    kept = sum(int(m.count_nonzero()) for m in mask.values())
     return (total - kept) / (total if parameters is None else parameters)
 
 

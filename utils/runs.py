@@ -346,8 +346,8 @@ class Run:
         if differ:
             changes = ", ".join(f"--{name} was {before.get(name, 'not there')}, now {now[name]}" for name in differ)
             raise InputError(f"{self.folder} holds a run with other flags ({changes}): {REMEDY}")
-        if before.get("versions") != _versions():
-            print(f"note: {self.folder} was begun with {before.get('versions')}, now there are {_versions()}")
+        if before.get("versions") != versions():
+            print(f"note: {self.folder} was begun with {before.get('versions')}, now there are {versions()}")
 
     def _read_rows(self) -> list[dict]:
         path = self._path("metrics.jsonl")
@@ -431,7 +431,7 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES}
 
 
@@ -439,7 +439,7 @@ def _circumstances(args, seed: int) -> dict:
     """What a result depends on beside the flags."""
     return {
         "effective_seed": seed,
-        "versions": _versions(),
+        "versions": versions(),
         "device_name": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU",
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(Path(__file__).resolve().parent.parent),

@@ -1,0 +1,341 @@
+"""How fast the engine is: every piece of work against the authors' style, in one process, interleaved.
+
+    python benchmarks/speed.py            # some 20 minutes on 2 cores, into benchmarks/results/
+    python benchmarks/speed.py --quick    # under 3 minutes on 2 cores, into runs/speed/
+
+Variant ``loop`` is the authors' style (``authors_style.py``), ``engine`` is what ``fit`` and ``evaluate`` run. A figure
+is the median of n repeats; in each repeat all variants run one after the other: a busy machine slows all of them.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler counts memory here and has nothing to say
+
+from benchmarks import authors_style  # noqa: E402
+from benchmarks.loop import loop_of  # noqa: E402
+from models import build_model  # noqa: E402
+from utils.data import DATASETS, Split  # noqa: E402
+from utils.errors import InputError, one_line_errors  # noqa: E402
+from utils.files import read_json, write_json, write_text  # noqa: E402
+from utils.masks import dense_mask, distance, magnitude_mask, prunable, prune_by_magnitude, sparsity_after  # noqa: E402
+from utils.runs import versions  # noqa: E402
+from utils.training import EVALUATION_BATCH, MaskedUpdate, forward, loss_over_time, make_optimizer  # noqa: E402
+
+ARCHS = ("vgg16", "resnet19")
+OPTIONS = tuple(product(("fp32", "bf16"), (False, True)))  # precision, compile
+SPARSE = 11  # prunings of 25 %: 95.69 % of all parameters of VGG16, 95.78 % of its prunable weights
+CLASSES = 10
+SETTINGS = SimpleNamespace(optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=5e-4)
+ROW = (
+    "what arch timesteps batch_size mask variant precision compile n seconds_per_image ratio peak_share peak_memory_mib"
+).split()
+
+
+@one_line_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="T = 5 and 3, small batches, one compiled variant")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--out", metavar="DIR", help="folder for the two files (default: see above)")
+    args = parser.parse_args(argv)
+    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"--device {args.device}: choose from cpu, cuda (a GPU must be there)")
+    folder = Path(args.out or (ROOT / "runs" / "speed" if args.quick else ROOT / "benchmarks" / "results"))
+
+    rows = other_rows(args.device, repeats=3 if args.quick else 7)
+    tests = 20 if args.quick else EVALUATION_BATCH[args.device]
+    for arch, timesteps, batch_size, mask, options, repeats in plan(args.device, args.quick):
+        print(f"{arch} T={timesteps} B={batch_size} {mask} mask", file=sys.stderr, flush=True)
+        rows += network_rows(args.device, arch, timesteps, batch_size, tests, mask, options, repeats)
+        torch._dynamo.reset()
+    report = {"machine": machine(args.device), "versions": versions(), "rows": rows}
+    name = "speed-" + "-".join(report["machine"]["name"].lower().replace("(", " ").replace(")", " ").split())
+    write_json(folder / f"{name}.json", report)
+    write_text(folder / f"{name}.md", as_markdown(report))
+    print(as_markdown(report))
+    print(f"written: {folder / name}.json, .md")
+
+
+def plan(device: str, quick: bool) -> list[tuple]:
+    """What is measured: (arch, timesteps, batch size, mask, options, repeats)."""
+    if quick:
+        few = [("fp32", False), ("bf16", False)]
+        return [
+            ("vgg16", 3, 8, "dense", few, 3),
+            ("vgg16", 5, 8, "dense", [*few, ("fp32", True)], 3),
+            ("resnet19", 5, 8, "dense", few, 3),
+        ]
+    small = 16 if device == "cpu" else 128
+    rows = [(arch, t, small, mask, OPTIONS, 5) for arch, t, mask in product(ARCHS, range(1, 6), ("dense", "sparse"))]
+    return rows + [(arch, 5, 128, "dense", OPTIONS, 3) for arch in ARCHS if device == "cpu"]  # the paper's batch
+
+
+def interleaved(calls: dict, repeats: int, device: str) -> dict:
+    """Seconds of each call, ``repeats`` times after a first time that is not counted, all calls in turn."""
+    seconds = {key: [] for key in calls}
+    for repeat in range(repeats + 1):
+        for key, call in calls.items():
+            _wait(device)
+            started = time.perf_counter()
+            call()
+            _wait(device)
+            if repeat:
+                seconds[key].append(time.perf_counter() - started)
+    return seconds
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def network_rows(device, arch, timesteps, batch_size, tests, mask, options, repeats) -> list[dict]:
+    """Rows of ``train_step`` and ``evaluate``."""
+    torch.manual_seed(0)
+    images = torch.randn(batch_size, 3, 32, 32, device=device)
+    labels = torch.randint(CLASSES, (batch_size,), device=device)
+    test = torch.randn(tests, 3, 32, 32, device=device)
+    dense = build_model(arch, 3, CLASSES).to(device)
+    ticket = dense_mask(dense) if mask == "dense" else magnitude_mask(dense, sparsity_after(SPARSE, 0.25))
+    with torch.no_grad():
+        for name, weight in prunable(dense).items():
+            weight.mul_(ticket[name])
+
+    loop = loop_of(dense, arch, 3, CLASSES, 1.0)
+    optimizer = torch.optim.SGD(
+        loop.parameters(), SETTINGS.learning_rate, SETTINGS.momentum, weight_decay=SETTINGS.weight_decay
+    )
+    key = ("loop", "fp32", False)
+    steps = {key: partial(authors_style.train_step, loop, optimizer, images, labels, timesteps)}
+    passes = {key: partial(_in_eval_mode, loop, partial(authors_style.evaluate, loop, test, timesteps))}
+    for precision, compiled in options:
+        model = build_model(arch, 3, CLASSES, compile=compiled).to(device)
+        model.load_state_dict(dense.state_dict())
+        update = MaskedUpdate(make_optimizer(model, SETTINGS), model, ticket)
+        key = ("engine", precision, compiled)
+        steps[key] = partial(_train_step, model, update, images, labels, timesteps, precision)
+        run = torch.inference_mode()(partial(forward, model, test, timesteps, precision, len(test)))
+        passes[key] = partial(_in_eval_mode, model, run)
+
+    peaks = {precision: matrix_peak(device, precision) for precision in ("fp32", "bf16")}
+    work = _flops(dense, images[:1], labels[:1], timesteps)
+    weights = sum(p.numel() * p.element_size() for p in dense.parameters())
+    rows = []
+    # a step's memory: the network, its gradients and momentum, and what comes and goes
+    for what, calls, count, flops, resident in (
+        ("train_step", steps, batch_size, work["train_step"], 3 * weights),
+        ("evaluate", passes, len(test), work["evaluate"], weights),
+    ):
+        for (variant, precision, compiled), seconds in interleaved(calls, repeats, device).items():
+            each = statistics.median(seconds) / count
+            memory = resident + _transient_memory(calls[variant, precision, compiled], device)
+            rows.append(
+                {
+                    "what": what,
+                    "arch": arch,
+                    "timesteps": timesteps,
+                    "batch_size": count,
+                    "mask": mask,
+                    "variant": variant,
+                    "precision": precision,
+                    "compile": compiled,
+                    "n": repeats,
+                    "seconds_per_image": each,
+                    "peak_share": flops / each / peaks[precision],
+                    "peak_memory_mib": memory / 2**20,
+                }
+            )
+    return _with_ratios(rows)
+
+
+def _train_step(model, update, images, labels, timesteps, precision) -> None:
+    update(loss_over_time(forward(model, images, timesteps, precision, len(images)), labels))
+
+
+def _in_eval_mode(model, call) -> None:
+    model.eval()
+    call()
+    model.train()
+
+
+def _flops(model, images, labels, timesteps) -> dict[str, int]:
+    """Floating-point operations of one image in convolutions and linear layers, 2 a multiply-accumulate."""
+    with FlopCounterMode(display=False) as ahead:
+        logits = model(images, timesteps)
+    with FlopCounterMode(display=False) as back:
+        loss_over_time(logits, labels).backward()
+    model.zero_grad()
+    forward_flops = ahead.get_total_flops()
+    return {"evaluate": forward_flops, "train_step": forward_flops + back.get_total_flops()}
+
+
+def matrix_peak(device: str, precision: str) -> float:
+    """The best rate of a large matrix product, FLOP/s."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+            for _ in range(2))  # fmt: skip
+    return 2 * size**3 / min(interleaved({0: lambda: a @ b}, 5, device)[0])
+
+
+def _transient_memory(call: Callable, device: str) -> int:
+    """Most bytes that tensors take during a call beyond those before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    changes = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def other_rows(device: str, repeats: int) -> list[dict]:
+    """Rows of ``mask_update``, ``mask_distance`` (of VGG16, time per pruning) and ``data``."""
+    torch.manual_seed(0)
+    model = build_model("vgg16", 3, CLASSES).to(device)
+    mask = dense_mask(model)
+    weights = {name: weight.detach().cpu().numpy() for name, weight in prunable(model).items()}
+    masks = {name: m.float().cpu().numpy() for name, m in mask.items()}
+    pruned, theirs = prune_by_magnitude(model, mask, 0.25), authors_style.prune(weights, masks, 0.25)
+    if any((pruned[name].cpu().numpy() != (theirs[name] > 0)).any() for name in mask):
+        raise RuntimeError("the two ways to prune do not agree")
+    count = 10_000
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
+    split = Split(pixels, torch.zeros(count, dtype=torch.long, device=device), DATASETS["cifar10"])
+    loader = authors_style.loader(pixels[:1000].permute(0, 2, 3, 1).cpu().numpy(), 128)
+    # an item: a pruning, a distance, an image
+    work = {
+        ("mask_update", "loop"): (partial(authors_style.prune, weights, masks, 0.25), 1),
+        ("mask_update", "engine"): (partial(prune_by_magnitude, model, mask, 0.25), 1),
+        ("mask_distance", "loop"): (partial(authors_style.mask_distance, masks, theirs), 1),
+        ("mask_distance", "engine"): (partial(distance, mask, pruned), 1),
+        ("data", "loop"): (lambda: [len(batch) for batch in loader], 1000),
+        ("data", "engine"): (lambda: [len(x) for x, _ in split.augmented_batches(128, torch.Generator())], count),
+    }
+    rows = []
+    for (what, variant), seconds in interleaved(
+        {key: call for key, (call, _) in work.items()}, repeats, device
+    ).items():
+        batch = 128 if what == "data" else None
+        row = dict.fromkeys(ROW) | {"what": what, "variant": variant, "n": repeats, "batch_size": batch}
+        row["arch"] = None if what == "data" else "vgg16"
+        rows.append(row | {"seconds_per_image": statistics.median(seconds) / work[what, variant][1]})
+    return _with_ratios(rows)
+
+
+def _with_ratios(rows: list[dict]) -> list[dict]:
+    """Rows with their speed-up over the loop's row of the same work."""
+    loops = {row["what"]: row["seconds_per_image"] for row in rows if row["variant"] == "loop"}
+    rows = [row | {"ratio": loops[row["what"]] / row["seconds_per_image"]} for row in rows]
+    return [{field: row[field] for field in ROW} for row in rows]
+
+
+def machine(device: str) -> dict:
+    """Where the figures come from."""
+    processor = "unknown processor"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    processor = processor if processor != "unknown processor" else platform.processor() or processor
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    peaks = {precision: matrix_peak(device, precision) / 1e9 for precision in ("fp32", "bf16")}
+    return {
+        "name": gpu or f"{processor} {torch.get_num_threads()} threads",
+        "kind": "GPU" if gpu else "CPU",
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "matrix_peak_gflops": peaks,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def as_markdown(report: dict) -> str:
+    """The whole report, its summary first."""
+    lines = [f"# Speed on {report['machine']['name']}", "", summary(report), "", "## All rows", ""]
+    shown = ROW[:1] + ROW[1:9] + ["seconds per image", "x loop", "% of peak", "MiB"]
+    lines += ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
+    for row in report["rows"]:
+        cells = ["" if row[field] is None else str(row[field]) for field in ROW[:9]]
+        share = "" if row["peak_share"] is None else f"{100 * row['peak_share']:.0f}"
+        memory = "" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}"
+        cells += [f"{row['seconds_per_image']:.3g}", f"{row['ratio']:.2f}", share, memory]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(report: dict) -> str:
+    """What the README shows of a report: dense mask, T = 5, the largest batch; speed-ups over the authors' style."""
+    rows = [row for row in report["rows"] if row["mask"] == "dense"]
+    lines = [
+        "| network, batch | variant | step x loop | % of matrix peak | MiB | T = 3 / T = 5 | evaluation x loop | n |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arch in dict.fromkeys(row["arch"] for row in rows):
+        at = [row for row in rows if (row["arch"], row["timesteps"]) == (arch, 5)]
+        steps = [row for row in at if row["what"] == "train_step"]
+        for row in steps:
+            if row["batch_size"] == max(step["batch_size"] for step in steps):
+                lines.append(_summary_line(row, rows))
+    where = report["machine"]
+    others = {row["what"]: row for row in report["rows"] if row["variant"] == "engine"}
+    lines += [
+        "",
+        f"Mask update x {others['mask_update']['ratio']:.0f}, mask distance x {others['mask_distance']['ratio']:.0f}, "
+        f"{1 / others['data']['seconds_per_image']:.0f} augmented 32x32 images/s (x {others['data']['ratio']:.1f}), "
+        f"n = {others['data']['n']}.",
+        f"{where['name']}, {where['date']}; matrix peak {where['matrix_peak_gflops']['fp32']:.0f} GFLOP/s in fp32, "
+        f"{where['matrix_peak_gflops']['bf16']:.0f} in bf16; "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+def _summary_line(row: dict, rows: list[dict]) -> str:
+    same = [other for other in rows if all(other[f] == row[f] for f in ("arch", "variant", "precision", "compile"))]
+    test = next((other["ratio"] for other in same if (other["what"], other["timesteps"]) == ("evaluate", 5)), None)
+    steps = {
+        (other["timesteps"], other["batch_size"]): other["seconds_per_image"]
+        for other in same
+        if other["what"] == "train_step"
+    }
+    shares = [steps[3, batch] / steps[5, batch] for t, batch in steps if t == 3 and (5, batch) in steps]
+    name = f"{row['precision']}, compiled" if row["compile"] else row["precision"]
+    name = "authors' style" if row["variant"] == "loop" else name
+    cells = [f"{row['arch']}, {row['batch_size']}", name, f"{row['ratio']:.2f}", f"{100 * row['peak_share']:.0f}"]
+    cells += [f"{row['peak_memory_mib']:.0f}", f"{shares[0]:.2f}" if shares else "", f"{test:.2f}", str(row["n"])]
+    return "| " + " | ".join(cells) + " |"
+
+
+def newest(folder: Path) -> list[dict]:
+    """The newest report of each kind of machine in a folder."""
+    reports = [read_json(path, "measure again") for path in folder.glob("speed-*.json")]
+    kinds: dict[str, dict] = {}
+    for report in sorted(reports, key=lambda report: report["machine"]["date"]):
+        kinds[report["machine"]["kind"]] = report
+    return list(kinds.values())
+
+
+if __name__ == "__main__":
+    main()
