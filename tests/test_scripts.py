@@ -171,6 +171,13 @@ def test_imp_with_early_time_trains_at_t_from_the_weights_found_at_t_early(run, 
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("arch", ["resnet34", "alexnet"])
+def test_networks_of_the_supplement_go_through_a_search(run, arch):
+    bird = run("earlyT_earlybird", "--train_samples", "20", "--width", "0.03", arch=arch)
+    assert bird.results[0]["arch"] == arch
+    assert bird.results[0]["sparsity"] == pytest.approx(100 * sparsity_after(2, 0.25), abs=0.1)
+
+
 def test_imp_stops_at_the_sparsity_round(run):
     assert [row["level"] for row in run("laterewindlth", "--sparsity_round", "1").results] == [0, 1]
 
