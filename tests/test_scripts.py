@@ -398,5 +398,5 @@ def test_defaults_are_the_papers(method):
 def test_help_gives_every_default():
     alone = {"--help", "--restart", "--no_compile"}
     actions = [action for action in make_parser("oneshot")._actions if not alone & set(action.option_strings)]
-    assert len(actions) == 43
+    assert len(actions) == 44
     assert all("(default: " in action.help for action in actions)

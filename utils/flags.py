@@ -354,6 +354,14 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         metavar="NAME",
         help="name of the experiment: the run is OUTPUT_DIR/NAME/DATASET-ARCH-roundN",
     )
+    add(
+        run,
+        "--tensorboard",
+        action="store_true",
+        default=False,
+        shown="off",
+        help="write the curves of metrics.jsonl for TensorBoard, too; may be given to a run that is resumed or finished",
+    )
     run.add_argument("--restart", action="store_true", help="delete what an earlier run left in the folder, start over")
     return parser
 
