@@ -9,6 +9,7 @@ demo: $(VENV)/ready
 	$(BIN)/python train_snn_earlyT_earlybird.py --dataset digits --arch vgg16 --width 0.25 --batch_size 16 \
 		--learning_rate 0.1 --end_iter 12 --valid_freq 4 --sparsity_round 8 --eb_window 3 --eb_tolerance 0.05 \
 		--exp_name demo
+	$(BIN)/python report.py runs/demo --out runs/demo-report
 
 report: $(VENV)/ready
 	$(BIN)/python report.py runs/ --out report/

@@ -40,7 +40,7 @@ from utils.training import EVALUATION_BATCH, MaskedUpdate, forward, loss_over_ti
 ARCHS = ("vgg16", "resnet19")
 OPTIONS = tuple(product(("fp32", "bf16"), (False, True)))  # precision, compile
 SPARSE = 11  # prunings of 25 %: 95.69 % of all parameters of VGG16, 95.78 % of its prunable weights
-CLASSES = 10
+CLASSES, WIDTH = 10, 1.0
 SETTINGS = SimpleNamespace(optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=5e-4)
 ROW = (
     "what arch timesteps batch_size mask variant precision compile n seconds_per_image ratio peak_share peak_memory_mib"
@@ -111,13 +111,13 @@ def network_rows(device, arch, timesteps, batch_size, tests, mask, options, repe
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     labels = torch.randint(CLASSES, (batch_size,), device=device)
     test = torch.randn(tests, 3, 32, 32, device=device)
-    dense = build_model(arch, 3, CLASSES).to(device)
+    dense = build_model(arch, 3, CLASSES, width=WIDTH).to(device)
     ticket = dense_mask(dense) if mask == "dense" else magnitude_mask(dense, sparsity_after(SPARSE, 0.25))
     with torch.no_grad():
         for name, weight in prunable(dense).items():
             weight.mul_(ticket[name])
 
-    loop = loop_of(dense, arch, 3, CLASSES, 1.0)
+    loop = loop_of(dense, arch, 3, CLASSES, WIDTH)
     optimizer = torch.optim.SGD(
         loop.parameters(), SETTINGS.learning_rate, SETTINGS.momentum, weight_decay=SETTINGS.weight_decay
     )
@@ -125,7 +125,7 @@ def network_rows(device, arch, timesteps, batch_size, tests, mask, options, repe
     steps = {key: partial(authors_style.train_step, loop, optimizer, images, labels, timesteps)}
     passes = {key: partial(_in_eval_mode, loop, partial(authors_style.evaluate, loop, test, timesteps))}
     for precision, compiled in options:
-        model = build_model(arch, 3, CLASSES, compile=compiled).to(device)
+        model = build_model(arch, 3, CLASSES, width=WIDTH, compile=compiled).to(device)
         model.load_state_dict(dense.state_dict())
         update = MaskedUpdate(make_optimizer(model, SETTINGS), model, ticket)
         key = ("engine", precision, compiled)
@@ -134,7 +134,7 @@ def network_rows(device, arch, timesteps, batch_size, tests, mask, options, repe
         passes[key] = partial(_in_eval_mode, model, run)
 
     peaks = {precision: matrix_peak(device, precision) for precision in ("fp32", "bf16")}
-    work = _flops(dense, images[:1], labels[:1], timesteps)
+    work = flops_of(dense, images[:1], labels[:1], timesteps)
     weights = sum(p.numel() * p.element_size() for p in dense.parameters())
     rows = []
     # a step's memory: the network, its gradients and momentum, and what comes and goes
@@ -174,7 +174,7 @@ def _in_eval_mode(model, call) -> None:
     model.train()
 
 
-def _flops(model, images, labels, timesteps) -> dict[str, int]:
+def flops_of(model, images, labels, timesteps) -> dict[str, int]:
     """Floating-point operations of one image in convolutions and linear layers, 2 a multiply-accumulate."""
     with FlopCounterMode(display=False) as ahead:
         logits = model(images, timesteps)
@@ -213,7 +213,7 @@ def _transient_memory(call: Callable, device: str) -> int:
 def other_rows(device: str, repeats: int) -> list[dict]:
     """Rows of ``mask_update``, ``mask_distance`` (of VGG16, time per pruning) and ``data``."""
     torch.manual_seed(0)
-    model = build_model("vgg16", 3, CLASSES).to(device)
+    model = build_model("vgg16", 3, CLASSES, width=WIDTH).to(device)
     mask = dense_mask(model)
     weights = {name: weight.detach().cpu().numpy() for name, weight in prunable(model).items()}
     masks = {name: m.float().cpu().numpy() for name, m in mask.items()}

@@ -1,0 +1,290 @@
+"""The commands behind every row of the paper's Table 1 and every figure: runs what is missing, skips what is done.
+
+    python benchmarks/reproduce.py --dry_run                # the list, with the time it would take on this machine
+    python benchmarks/reproduce.py                          # everything at full size, into runs/full/
+    python benchmarks/reproduce.py --scale small --jobs 2   # handwritten digits and a narrow network, into runs/small/
+    python benchmarks/reproduce.py --only "Table 1"         # a part
+
+A run that was stopped goes on when its command is run again, so this script can be stopped and started too. It ends
+with the report of all that is there.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models import build_model  # noqa: E402
+from utils.data import DATASETS  # noqa: E402
+from utils.errors import InputError, one_line_errors  # noqa: E402
+from utils.files import write_text  # noqa: E402
+from utils.flags import get_args, planned_epochs  # noqa: E402
+from utils.masks import dense_mask  # noqa: E402
+from utils.runs import Run, clock  # noqa: E402
+from utils.training import MaskedUpdate, forward, loss_over_time, make_optimizer  # noqa: E402
+
+IMAGES = {"tinyimagenet": (100_000, 64), "svhn": (73_257, 32), "fmnist": (60_000, 32), "digits": (1_437, 32)}
+TIMED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the experiments are."""
+
+    flags: str  # of every run
+    networks: tuple[tuple[str, str], ...]  # data set, network; the first has all the experiments
+    early_networks: tuple[tuple[str, str], ...]  # of Fig. 4
+    deeper_networks: tuple[tuple[str, str], ...]  # of supplement G
+    levels: tuple[int, ...]  # prunings
+    rewinding_epochs: tuple[int, ...]  # beside the default one
+    rounds: int
+
+
+SCALES = {
+    "full": Scale(
+        flags="",
+        networks=tuple((d, a) for d in ("cifar10", "cifar100", "svhn", "fmnist") for a in ("vgg16", "resnet19")),
+        early_networks=tuple((d, a) for d in ("cifar10", "cifar100") for a in ("vgg16", "resnet19")),
+        deeper_networks=(("tinyimagenet", "resnet34"), ("cifar10", "alexnet")),
+        levels=(4, 8, 11, 14),
+        rewinding_epochs=(0, 100, 180, 260),
+        rounds=5,
+    ),
+    "small": Scale(
+        flags="--train_samples 600 --width 0.125 --batch_size 16 --learning_rate 0.1 --end_iter 10 --valid_freq 5 "
+        "--prune_percent 75 --prune_iterations 4 --rewinding_epoch 2 --eb_window 3 --eb_tolerance 0.05",
+        networks=(("digits", "vgg16"),),
+        early_networks=(("digits", "vgg16"),),
+        deeper_networks=(),
+        levels=(1, 2, 3),
+        rewinding_epochs=(0, 5, 8),
+        rounds=3,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One run: what of the paper it is behind, and the script with its flags."""
+
+    shows: str
+    method: str
+    flags: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"python train_snn_{self.method}.py {shlex.join(self.flags)}"
+
+
+def commands(scale: Scale, output_dir: str, data_dir: str | None = None) -> Iterator[Command]:
+    """All runs, round by round."""
+    where = ["--output_dir", output_dir, *(["--data_dir", data_dir] if data_dir else [])]
+    for number in range(1, scale.rounds + 1):
+        for dataset, arch in scale.networks:
+            yield from _table_1("Table 1, Figs. 1, 5, 6, 8a, 8b, 11", scale, where, dataset, arch, number)
+        for dataset, arch in scale.deeper_networks:
+            yield from _table_1("supplement G", scale, where, dataset, arch, number)
+        for dataset, arch in scale.early_networks:
+            command = _maker(scale, where, dataset, arch, number)
+            for timesteps in range(2, 6):
+                flags = f"--ticket magnitude --search_timestep {timesteps} --sparsity_round {scale.levels[1]}"
+                yield command("Fig. 4", "oneshot", f"magnitude-t{timesteps}", flags)
+        yield from _first_network(scale, where, number)
+
+
+def _maker(scale: Scale, where: list[str], dataset: str, arch: str, number: int):
+    def command(shows: str, method: str, name: str, flags: str = "") -> Command:
+        words = f"--dataset {dataset} --arch {arch} {scale.flags} {flags} --round {number} --exp_name {name}"
+        return Command(shows, method, (*shlex.split(words), *where))
+
+    return command
+
+
+def _table_1(shows: str, scale: Scale, where: list[str], dataset: str, arch: str, number: int) -> Iterator[Command]:
+    command = _maker(scale, where, dataset, arch, number)
+    levels = " ".join(map(str, scale.levels))
+    yield command(shows, "laterewindlth", "imp")
+    yield command(shows, "earlyT_laterewindlth", "imp-et", f"--evaluate_levels {levels}")
+    for level in scale.levels:
+        yield command(shows, "earlybird", f"eb-{level}", f"--sparsity_round {level}")
+        yield command(shows, "earlyT_earlybird", f"eb-et-{level}", f"--sparsity_round {level}")
+        yield command(shows, "oneshot", f"random-{level}", f"--ticket random --sparsity_round {level}")
+
+
+def _first_network(scale: Scale, where: list[str], number: int) -> Iterator[Command]:
+    dataset, arch = scale.networks[0]
+    command = _maker(scale, where, dataset, arch, number)
+
+    def ticket(name: str, level: int) -> str:
+        folder = Path(where[1]) / name / f"{dataset}-{arch}-round{number}"
+        return f"--ticket {shlex.quote(str(folder / 'tickets' / f'level_{level:02d}.safetensors'))}"
+
+    for epoch in scale.rewinding_epochs:
+        shows = "Fig. 3" if epoch == 0 else "Fig. 7a"
+        yield command(shows, "laterewindlth", f"imp-rewind-{epoch}", f"--rewinding_epoch {epoch}")
+    yield command("Fig. 7b", "laterewindlth", "imp-local", "--pruning_scope local")
+    levels = " ".join(map(str, scale.levels))
+    for threshold in ("0.2", "1.01"):  # where 0.6 leads to T = 3, these lead to 4 and to 2
+        flags = f"--early_time_threshold {threshold} --evaluate_levels {levels}"
+        yield command("Fig. 8c", "earlyT_laterewindlth", f"imp-et-{threshold}", flags)
+    yield command("supplement F", "earlyT_laterewindlth", "imp-et-js", f"--divergence js --evaluate_levels {levels}")
+    yield command("Fig. 9", "laterewindlth", "ann", "--neuron relu --timestep 1")
+    for level in scale.levels:
+        yield command("Fig. 9", "oneshot", f"transfer-{level}", ticket("ann", level))
+        yield command("Fig. 10", "oneshot", f"snip-{level}", f"--ticket snip --sparsity_round {level}")
+        for kind in ("snip", "random"):
+            flags = f"--ticket {kind} --sparsity_round {level} --neuron relu --timestep 1"
+            yield command("Fig. 10", "oneshot", f"ann-{kind}-{level}", flags)
+    for how in ("lr", "none"):
+        yield command("rewinding (Renda et al.)", "laterewindlth", f"imp-{how}", f"--rewind {how}")
+    for level in scale.levels:
+        for name, source in (("imp", "imp"), ("eb", f"eb-{level}"), ("eb-et", f"eb-et-{level}")):
+            yield command(
+                "controls", "oneshot", f"{name}-shuffle-{level}", f"{ticket(source, level)} --control shuffle"
+            )
+        yield command("controls", "oneshot", f"imp-reinit-{level}", f"{ticket('imp', level)} --control reinit")
+    for options in ("--precision fp32", "--precision bf16", "--precision bf16 --compile"):
+        name = "dense-" + "-".join(word for word in options.replace("--", "").split() if word != "precision")
+        yield command("precision", "oneshot", name, f"--ticket random --sparsity_round 0 {options}")
+
+
+@one_line_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="full", help="size of the experiments (default: full)")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and how long they would take")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="only what is behind this, or has it among its flags"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time, sharing the cores (default: 1)"
+    )
+    parser.add_argument("--data_dir", metavar="DIR", help="passed on to every run")
+    parser.add_argument("--output_dir", metavar="DIR", help="folder that holds the runs (default: runs/SCALE)")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"argument --jobs: must be at least 1, got {args.jobs}")
+    output_dir = args.output_dir or f"runs/{args.scale}"
+    everything = list(commands(SCALES[args.scale], output_dir, args.data_dir))
+    wanted = [command for command in everything if args.only in command.shows or args.only in str(command)]
+    if not wanted:
+        shown = dict.fromkeys(command.shows for command in everything)
+        parser.error(f"argument --only: no command has {args.only!r}; they are behind: {'; '.join(shown)}")
+    if args.dry_run:
+        return dry_run(wanted)
+    failed = run_all(wanted, args.jobs, Path(output_dir) / "logs")
+    subprocess.run([sys.executable, ROOT / "report.py", output_dir, "--out", f"{output_dir}-report"], check=False)
+    for command, lines in failed.items():
+        print(f"\nfailed: {command}\n{lines}", file=sys.stderr)
+    raise SystemExit(1 if failed else 0)
+
+
+def state(command: Command) -> str:
+    """``done``, ``missing`` (also if begun), or ``waits`` for a ticket that another run has yet to find."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
+        try:
+            return "done" if Run(get_args(command.method, None, list(command.flags))).finished else "missing"
+        except SystemExit:
+            pass
+    if "--ticket" in error.getvalue():
+        return "waits"
+    raise InputError(error.getvalue().strip())
+
+
+def dry_run(wanted: list[Command]) -> None:
+    """Print what is behind what. Times are upper bounds: EB may settle, and ET take fewer timesteps, at any moment."""
+    total = 0.0
+    for command in wanted:
+        now = state(command)
+        seconds = 0.0 if now == "done" else estimate(command)
+        total += seconds
+        print(f"# {command.shows}: {now}" + ("" if now == "done" else f", at most {clock(seconds)}"))
+        print(command)
+    print(f"# {len(wanted)} runs, at most {clock(total)} one after the other on this machine")
+
+
+def estimate(command: Command) -> float:
+    """Seconds that a run takes at most, from the time of a few training steps here."""
+    flags = list(command.flags)
+    if "--ticket" in flags and flags[flags.index("--ticket") + 1].endswith(".safetensors"):
+        flags[flags.index("--ticket") + 1] = "random"  # it need not be there yet; its training takes as long
+    with contextlib.redirect_stdout(io.StringIO()):
+        args = get_args(command.method, None, flags)
+    images, side = IMAGES.get(args.dataset, (50_000, 32))
+    network = (args.arch, args.dataset, side, args.neuron, args.width)
+    step = seconds_per_step(*network, args.timestep, args.batch_size, args.device, args.precision)
+    return step * -(-min(images, args.train_samples or images) // args.batch_size) * sum(planned_epochs(args))
+
+
+@cache
+def seconds_per_step(arch, dataset, side, neuron, width, timesteps, batch_size, device, precision) -> float:
+    """Seconds of a training step on this machine, the mean of a few after a first one."""
+    channels = DATASETS[dataset].channels
+    model = build_model(arch, channels, 10, neuron, width).to(device)
+    settings = argparse.Namespace(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
+    update = MaskedUpdate(make_optimizer(model, settings), model, dense_mask(model))
+    images = torch.randn(batch_size, channels, side, side, device=device)
+    labels = torch.randint(10, (batch_size,), device=device)
+    for step in range(TIMED_STEPS + 1):
+        if step == 1:
+            started = time.perf_counter()
+        loss = loss_over_time(forward(model, images, timesteps, precision, batch_size), labels)
+        update(loss)
+        loss.item()
+    return (time.perf_counter() - started) / TIMED_STEPS
+
+
+def run_all(wanted: list[Command], jobs: int, logs: Path) -> dict[Command, str]:
+    """Run what is missing; a run that fails does not stop the others.
+
+    Returns:
+        The failed commands, each with its last lines.
+    """
+    failed: dict[Command, str] = {}
+    stop = threading.Event()
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+    def work(command: Command) -> None:
+        if stop.is_set():
+            return
+        started = time.monotonic()
+        call = [sys.executable, ROOT / f"train_snn_{command.method}.py", *command.flags]
+        ended = subprocess.run(call, env=environment, capture_output=True, text=True)
+        names = ("--exp_name", "--dataset", "--arch", "--round")
+        name = "-".join(command.flags[command.flags.index(flag) + 1] for flag in names)
+        write_text(logs / f"{name}.log", ended.stdout + ended.stderr)
+        if ended.returncode:
+            failed[command] = "\n".join((ended.stdout + ended.stderr).splitlines()[-5:])
+        left.remove(command)
+        outcome = "failed" if ended.returncode else "done"
+        print(f"{outcome} in {clock(time.monotonic() - started)}, {len(left)} left: {command}", flush=True)
+
+    # runs that make a ticket come first, then those that are given one
+    for given in (False, True):
+        left = [c for c in wanted if c not in failed and state(c) in (("missing", "waits") if given else ("missing",))]
+        print(f"{len(left)} of {len(wanted)} runs", flush=True)
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                list(pool.map(work, list(left)))
+            except KeyboardInterrupt:
+                stop.set()
+                raise
+    return failed
+
+
+if __name__ == "__main__":
+    main()
