@@ -360,7 +360,7 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         action="store_true",
         default=False,
         shown="off",
-        help="write the curves of metrics.jsonl for TensorBoard, too; may be given to a run that goes on or is finished",
+        help="write the curves of metrics.jsonl for TensorBoard, too; also of a run that goes on or is finished",
     )
     run.add_argument("--restart", action="store_true", help="delete what an earlier run left in the folder, start over")
     return parser
