@@ -35,10 +35,14 @@ def main(argv=None):
     model.to(args.device)
     train = partial(fit, model, data, args, run=run)
 
+    def probe():
+        return predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
+
+    def observe():
+        return {"divergences": divergences(probe(), args.divergence)}
+
     def choose_timesteps():
-        logits = predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
-        run.note(divergences=divergences(logits))
-        return early_time(logits, args.early_time_threshold)
+        return early_time(probe(), args.early_time_threshold, args.divergence)
 
     # search: train the dense network until its mask has settled
     target = sparsity_after(args.sparsity_round, args.prune_percent / 100)
@@ -50,7 +54,7 @@ def main(argv=None):
     while epoch < args.end_iter and not has_settled(recent, args.eb_tolerance, args.eb_distance):
         if epoch >= args.early_time_epoch:
             timesteps = run.once("early_time", choose_timesteps)
-        train(optimizer, dense, range(epoch, epoch + 1), timesteps)
+        train(optimizer, dense, range(epoch, epoch + 1), timesteps, observe=observe)
         epoch += 1
         recent.append(magnitude_mask(model, target, args.pruning_scope))
         run.note(hamming=window_distance(recent, "hamming"), jaccard=window_distance(recent, "jaccard"))

@@ -17,8 +17,9 @@ from utils.data import load_data
 from utils.early_time import divergences, early_time
 from utils.errors import one_line_errors
 from utils.flags import get_args
-from utils.masks import dense_mask, prune_by_magnitude, rewind
+from utils.masks import dense_mask, prune_by_magnitude, rewind, state_after_pruning
 from utils.runs import Run
+from utils.tickets import load_fitting_ticket
 from utils.training import fit, make_optimizer, predict
 
 
@@ -35,41 +36,47 @@ def main(argv=None):
     model.to(args.device)
     train = partial(fit, model, data, args, run=run)
 
+    def probe():
+        return predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
+
+    def observe():
+        return {"divergences": divergences(probe(), args.divergence)}
+
     def choose_timesteps():
-        logits = predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
-        run.note(divergences=divergences(logits))
-        return early_time(logits, args.early_time_threshold)
+        return early_time(probe(), args.early_time_threshold, args.divergence)
 
     # the dense network: T_early after --early_time_epoch epochs, the rewind point after --rewinding_epoch
     mask = dense_mask(model)
     optimizer = make_optimizer(model, args)
     timesteps, rewind_point = args.timestep, copy.deepcopy(model.state_dict())
     for start, stop in pairwise(sorted({0, args.early_time_epoch, args.rewinding_epoch})):
-        train(optimizer, mask, range(start, stop), timesteps, phase="dense", checkpoint=run.checkpoint(f"dense_{stop}"))
+        epochs, checkpoint = range(start, stop), run.checkpoint(f"dense_{stop}")
+        train(optimizer, mask, epochs, timesteps, phase="dense", checkpoint=checkpoint, observe=observe)
         if stop == args.rewinding_epoch:
             rewind_point = copy.deepcopy(model.state_dict())
         if stop == args.early_time_epoch:
             timesteps = run.once("early_time", choose_timesteps)
 
     # line 15: find the tickets with T_early
-    masks = [mask]
-    run.save_ticket(0, mask, rewind_point, args.rewinding_epoch)
+    state = rewind_point
+    run.save_ticket(0, mask, state, args.rewinding_epoch)
     for level in range(args.sparsity_round):
-        rewind(model, rewind_point, mask)
+        rewind(model, state, mask)
         optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind
-        epochs = range(args.rewinding_epoch, args.end_iter)
-        train(optimizer, mask, epochs, timesteps, level=level, checkpoint=run.checkpoint(f"level_{level:02d}"))
+        epochs, checkpoint = range(args.rewinding_epoch, args.end_iter), run.checkpoint(f"level_{level:02d}")
+        train(optimizer, mask, epochs, timesteps, level=level, checkpoint=checkpoint, observe=observe)
         mask = prune_by_magnitude(model, mask, args.prune_percent / 100, args.pruning_scope)
-        masks.append(mask)
-        run.save_ticket(level + 1, mask, rewind_point, args.rewinding_epoch)
+        state = state_after_pruning(model, rewind_point, args.rewind)
+        run.save_ticket(level + 1, mask, state, args.rewinding_epoch)
 
-    # line 16: train them with T
+    # line 16: train those that matter with T
     for level in args.evaluate_levels:
-        rewind(model, rewind_point, masks[level])
+        mask, state, _ = load_fitting_ticket(run.ticket_path(level), model)
+        rewind(model, state, mask)
         optimizer = make_optimizer(model, args)
         epochs, checkpoint = range(args.rewinding_epoch, args.end_iter), run.checkpoint(f"train_{level:02d}")
-        train(optimizer, masks[level], epochs, args.timestep, phase="train", level=level, checkpoint=checkpoint)
-        run.save_result(level, masks[level], model, data.test)
+        train(optimizer, mask, epochs, args.timestep, phase="train", level=level, checkpoint=checkpoint)
+        run.save_result(level, mask, model, data.test)
     run.report()
 
 

@@ -15,7 +15,7 @@ from models import build_model
 from utils.data import load_data
 from utils.errors import one_line_errors
 from utils.flags import get_args
-from utils.masks import dense_mask, prune_by_magnitude, rewind
+from utils.masks import dense_mask, prune_by_magnitude, rewind, state_after_pruning
 from utils.runs import Run
 from utils.training import fit, make_optimizer
 
@@ -40,12 +40,14 @@ def main(argv=None):
     train(optimizer, mask, epochs, args.timestep, phase="dense", checkpoint=run.checkpoint("dense"))
     rewind_point = copy.deepcopy(model.state_dict())
 
-    # every level, the dense one too, starts from the rewind point and follows the same schedule
+    # every level, the dense one too, starts from the rewind point (--rewind) and follows the same schedule
+    state = rewind_point
     for level in range(args.sparsity_round + 1):
         if level > 0:
             mask = prune_by_magnitude(model, mask, args.prune_percent / 100, args.pruning_scope)
-        run.save_ticket(level, mask, rewind_point, args.rewinding_epoch)
-        rewind(model, rewind_point, mask)
+            state = state_after_pruning(model, rewind_point, args.rewind)
+        run.save_ticket(level, mask, state, args.rewinding_epoch)
+        rewind(model, state, mask)
         optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind
         epochs = range(args.rewinding_epoch, args.end_iter)
         train(optimizer, mask, epochs, args.timestep, level=level, checkpoint=run.checkpoint(f"level_{level:02d}"))

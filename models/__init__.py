@@ -1,12 +1,13 @@
-"""Spiking VGG16 and ResNet19: ``model(images [B,C,H,W], timesteps) -> logits [T,B,classes]``."""
+"""Spiking VGG16, ResNet19, ResNet34 and AlexNet: ``model(images [B,C,H,W], timesteps) -> logits [T,B,classes]``."""
 
 from torch import nn
 
+from .alexnet import AlexNet
 from .layers import compile_blocks
-from .resnet import ResNet19
+from .resnet import ResNet19, ResNet34
 from .vgg import VGG16
 
-ARCHITECTURES = {"vgg16": VGG16, "resnet19": ResNet19}
+ARCHITECTURES = {"vgg16": VGG16, "resnet19": ResNet19, "resnet34": ResNet34, "alexnet": AlexNet}
 NEURONS = ("lif", "relu")
 BATCH_NORMS = ("per_timestep", "over_time")
 
@@ -23,7 +24,7 @@ def build_model(
     """Build a network with freshly drawn weights (torch's global generator).
 
     Args:
-        arch: ``vgg16`` or ``resnet19``.
+        arch: ``vgg16``, ``resnet19``, ``resnet34`` or ``alexnet``.
         channels: channels of an image.
         classes: number of classes.
         neuron: ``lif``, or ``relu`` for the ANN of the same shape.

@@ -13,6 +13,7 @@ Conv3x3 = partial(layer.Conv2d, kernel_size=3, padding=1, step_mode="m")
 Conv1x1 = partial(layer.Conv2d, kernel_size=1, step_mode="m")
 Linear = partial(layer.Linear, step_mode="m")
 HalvingMaxPool = partial(layer.MaxPool2d, kernel_size=2, stride=2, step_mode="m")
+AvgPoolTo = partial(layer.AdaptiveAvgPool2d, step_mode="m")
 
 MOST_KERNELS = 256  # shapes x timesteps x training or not; past torch's own limit of 8, calls would run unfused
 

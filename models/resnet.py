@@ -1,11 +1,15 @@
-"""ResNet19: the directly trained spiking ResNet of Zheng et al. (AAAI 2021), in the paper's proportions."""
+"""Spiking ResNets: ResNet19, that of Zheng et al. (AAAI 2021) in the paper's proportions, and ResNet34."""
+
+from functools import partial
 
 from torch import Tensor, nn
 
 from .layers import BatchNorm, Conv1x1, Conv3x3, GlobalAvgPool, Linear, NormAndFire, scaled
 from .lif import make_neuron
 
-STAGES = ((128, 3), (256, 3), (512, 2))  # channels, blocks; a stage's first block halves the image
+# channels, blocks, stride of the first block
+STAGES_19 = ((128, 3, 2), (256, 3, 2), (512, 2, 2))
+STAGES_34 = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 
 
 class BasicBlock(nn.Module):
@@ -28,33 +32,61 @@ class BasicBlock(nn.Module):
         return self.fire2(self.conv2(out), self.shortcut(x))
 
 
-class ResNet19(nn.Module):
-    """ResNet19 with spiking neurons; 12,630,858 parameters for CIFAR-10, 12,619,968 of them prunable.
+class ResNet(nn.Module):
+    """A stem of 64 channels, stages of basic blocks, global average pool, classifier, with spiking neurons.
 
-    Stem of 64 channels, 8 basic blocks, global average pool, and 256 spiking units before the classifier. The stem's
-    convolution and batch norm run once per image.
+    The stem is a 3x3 convolution without a max-pool, as is usual for small images; it and its batch norm run once per
+    image.
+
+    Args:
+        channels: see ``build_model``, as are ``classes``, ``neuron``, ``width`` and ``batch_norm``.
+        classes: number of classes.
+        neuron: kind of neuron.
+        width: factor on all channels.
+        batch_norm: its training statistics.
+        stages: channels, blocks, and stride of the first block of each stage.
+        hidden: spiking units before the classifier; 0 for none.
     """
 
-    def __init__(self, channels: int, classes: int, neuron: str, width: float, batch_norm: str):
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        neuron: str,
+        width: float,
+        batch_norm: str,
+        stages: tuple[tuple[int, int, int], ...],
+        hidden: int,
+    ):
         super().__init__()
         in_channels = scaled(64, width)
         self.stem = Conv3x3(channels, in_channels, bias=False)
         self.stem_fire = NormAndFire(in_channels, neuron, batch_norm)
         blocks = []
-        for out_channels, count in STAGES:
+        for out_channels, count, stride in stages:
             out_channels = scaled(out_channels, width)
             for block in range(count):
-                blocks.append(BasicBlock(in_channels, out_channels, 2 if block == 0 else 1, neuron, batch_norm))
+                blocks.append(BasicBlock(in_channels, out_channels, stride if block == 0 else 1, neuron, batch_norm))
                 in_channels = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.pool = GlobalAvgPool()
-        hidden = scaled(256, width)
-        self.hidden = Linear(in_channels, hidden)
-        self.hidden_neuron = make_neuron(neuron)
-        self.classifier = Linear(hidden, classes)
+        self.hidden = None
+        if hidden:
+            self.hidden = Linear(in_channels, scaled(hidden, width))
+            self.hidden_neuron = make_neuron(neuron)
+            in_channels = scaled(hidden, width)
+        self.classifier = Linear(in_channels, classes)
 
     def forward(self, images: Tensor, timesteps: int) -> Tensor:
         current = self.stem(images.unsqueeze(0))  # [1,B,C,H,W]
         spikes = self.blocks(self.stem_fire(current, timesteps=timesteps))  # [T,B,C,H,W]
-        hidden = self.hidden_neuron(self.hidden(self.pool(spikes)))  # [T,B,256]
-        return self.classifier(hidden)  # [T,B,classes]
+        features = self.pool(spikes)  # [T,B,C]
+        if self.hidden is not None:
+            features = self.hidden_neuron(self.hidden(features))  # [T,B,256]
+        return self.classifier(features)  # [T,B,classes]
+
+
+# 12,630,858 parameters for CIFAR-10, 12,619,968 of them prunable
+ResNet19 = partial(ResNet, stages=STAGES_19, hidden=256)
+# 21,379,592 parameters for Tiny ImageNet's 200 classes, 21,362,368 of them prunable (supplement G)
+ResNet34 = partial(ResNet, stages=STAGES_34, hidden=0)

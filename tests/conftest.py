@@ -51,9 +51,10 @@ def folder_of(tmp_path, method, round=1, arch="vgg16"):
 
 def lively(model, images):
     """Bring the running statistics close to the data's, so that an untrained network fires in eval mode, up to the
-    hidden layer of ResNet19, which no batch norm feeds."""
-    if hasattr(model, "hidden"):
-        model.hidden.weight.data.mul_(20)
+    hidden layers of ResNet19 and AlexNet, which no batch norm feeds."""
+    *hidden, _ = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for layer in hidden:
+        layer.weight.data.mul_(20)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 0.5

@@ -1,11 +1,14 @@
+import math
+
 import pytest
 import torch
 from conftest import lively
+from scipy.spatial.distance import jensenshannon
 from torch.nn import functional as F
 
 from models import build_model
 from utils.early_bird import has_settled, recent_masks, window_distance
-from utils.early_time import divergences, early_time
+from utils.early_time import divergence, divergences, early_time
 
 
 def logits_whose_means_are(*means):
@@ -42,6 +45,30 @@ def test_divergence_averages_over_images():
     assert divergences(logits)[1] == pytest.approx(sum(each[1]) / sum(each[0]), rel=1e-5)
 
 
+def test_jensen_shannon_is_scipys_symmetric_and_at_most_ln_2():
+    torch.manual_seed(0)
+    p, q = (5 * torch.randn(2, 40, 7, dtype=torch.float64)).log_softmax(-1)
+    js = divergence(p, q, "js")
+    expected = torch.tensor([jensenshannon(a.exp(), b.exp()) ** 2 for a, b in zip(p, q, strict=True)])  # its root
+    torch.testing.assert_close(js, expected)
+    torch.testing.assert_close(js, divergence(q, p, "js"))
+    assert (divergence(p, q) - divergence(q, p)).abs().max() > 0.1
+    apart = torch.tensor([[50.0, 0], [0, 50]], dtype=torch.float64).log_softmax(-1)
+    assert js.max() < divergence(*apart, "js") == pytest.approx(math.log(2))
+    with pytest.raises(ValueError, match="unknown divergence 'tv': choose from kl, js"):
+        divergence(p, q, "tv")
+
+
+def test_jensen_shannon_is_averaged_and_normalised_as_kl_is_and_decides():
+    torch.manual_seed(1)
+    logits = torch.randn(5, 6, 4)
+    p = [logits[:t].double().mean(0).softmax(-1) for t in (2, 3, 4, 5)]
+    js = [sum(jensenshannon(a, b) ** 2 for a, b in zip(p[i], p[3], strict=True)) for i in range(3)]
+    assert divergences(logits, "js") == pytest.approx([1, js[1] / js[0], js[2] / js[0]])
+    between = (divergences(logits)[1] + js[1] / js[0]) / 2
+    assert {early_time(logits, between, kind) for kind in ("kl", "js")} == {3, 4}
+
+
 @pytest.mark.parametrize("arch", ["vgg16", "resnet19"])
 def test_one_pass_equals_rerunning_the_network_for_each_t(arch):
     torch.manual_seed(0)
@@ -65,7 +92,7 @@ def test_one_pass_equals_rerunning_the_network_for_each_t(arch):
     ("threshold", "expected"), [(0, 6), (0.05, 6), (0.1, 6), (0.2, 5), (0.4, 4), (0.6, 3), (1, 3), (1.01, 2)]
 )
 def test_early_time_is_the_first_below_the_threshold(monkeypatch, threshold, expected):
-    monkeypatch.setattr("utils.early_time.divergences", lambda logits, fewest: [1, 0.5, 0.3, 0.1])
+    monkeypatch.setattr("utils.early_time.divergences", lambda logits, kind, fewest: [1, 0.5, 0.3, 0.1])
     assert early_time(torch.zeros(6, 1, 2), threshold) == expected
 
 
@@ -77,12 +104,13 @@ def test_any_number_of_timesteps_has_candidates():
         divergences(torch.randn(2, 4, 5))
 
 
-def test_network_that_says_nothing_about_time_keeps_all_timesteps():
+@pytest.mark.parametrize("kind", ["kl", "js"])
+def test_network_that_says_nothing_about_time_keeps_all_timesteps(kind):
     logits = torch.randn(1, 4, 5).expand(5, 4, 5)
-    assert divergences(logits) == [1, 1, 1]
-    assert early_time(logits, 0.6) == 5
+    assert divergences(logits, kind) == [1, 1, 1]
+    assert early_time(logits, 0.6, kind) == 5
     with pytest.raises(ValueError, match="finite"):
-        divergences(logits * torch.nan)
+        divergences(logits * torch.nan, kind)
 
 
 def masks_from(*rows):

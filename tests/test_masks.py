@@ -17,6 +17,7 @@ from utils.masks import (
     rewind,
     sparsity,
     sparsity_after,
+    state_after_pruning,
 )
 
 
@@ -170,6 +171,23 @@ def test_one_shot_pruning_of_the_untrained_vgg16_empties_its_classifier():
     torch.manual_seed(0)
     model = build_model("vgg16", 3, 10)
     assert emptied_layers(magnitude_mask(model, sparsity_after(14, 0.25))) == ["classifier.weight"]
+
+
+def test_state_after_pruning_is_the_rewind_point_or_a_copy_of_the_trained_network():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    point = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()(torch.randn(4, 1, 5, 5))
+    model[0].weight.data.add_(1)
+    assert state_after_pruning(model, point) is point
+    for kind in ("lr", "none"):
+        state = state_after_pruning(model, point, kind)
+        assert not torch.equal(state["1.running_mean"], point["1.running_mean"])
+        weight = state["0.weight"].clone()
+        model[0].weight.data.add_(1)
+        torch.testing.assert_close(weight, model[0].weight.data - 1)
+        assert torch.equal(state["0.weight"], weight)
+    with pytest.raises(ValueError, match="choose from weights, lr, none"):
+        state_after_pruning(model, point, "rate")
 
 
 def test_rewinding_restores_weights_biases_and_batch_norm():

@@ -3,23 +3,34 @@ import copy
 import pytest
 import torch
 from conftest import lively, needs_a_compiler
+from reference import loop_of
 from torch.nn import functional as F
 
-from benchmarks.loop import loop_of
 from models import build_model
 from models.layers import BatchNorm, NormAndFire, compile_blocks
 from models.lif import LIF
 from utils.masks import prunable
 
-ARCHS = ("vgg16", "resnet19")
+ARCHS = ("vgg16", "resnet19", "resnet34", "alexnet")
 
 
+# ResNet34: 9 * (3*64 + 6*64^2 + 64*128 + 7*128^2 + 128*256 + 11*256^2 + 256*512 + 5*512^2) in 3x3 kernels, 64*128 +
+# 128*256 + 256*512 in shortcuts, 512*200 in the classifier; weight and bias of batch norm for 7*64 + 9*128 + 13*256 +
+# 7*512 channels, 200 biases.
+# AlexNet: 9 * (3*64 + 64*192 + 192*384 + 384*256 + 256^2) + 1024*4096 + 4096^2 + 4096*10 in kernels; a bias and batch
+# norm's two for 64 + 192 + 384 + 256 + 256 channels, 2*4096 + 10 biases.
 @pytest.mark.parametrize(
-    ("arch", "parameters", "weights"), [("vgg16", 14_728_266, 14_715_584), ("resnet19", 12_630_858, 12_619_968)]
+    ("arch", "classes", "parameters", "weights"),
+    [
+        ("vgg16", 10, 14_728_266, 14_715_584),
+        ("resnet19", 10, 12_630_858, 12_619_968),
+        ("resnet34", 200, 21_379_592, 21_362_368),
+        ("alexnet", 10, 23_274_570, 23_262_912),
+    ],
 )
-def test_parameter_counts_of_the_full_networks(arch, parameters, weights):
+def test_parameter_counts_of_the_full_networks(arch, classes, parameters, weights):
     with torch.device("meta"):
-        model = build_model(arch, 3, 10)
+        model = build_model(arch, 3, classes)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert sum(p.numel() for p in prunable(model).values()) == weights
 

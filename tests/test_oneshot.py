@@ -93,11 +93,22 @@ def test_saved_ticket_of_an_ann_is_trained_as_an_snn_from_its_epoch(run):
     assert all((network[name][~m] == 0).all() for name, m in mask.items())
 
 
-def test_training_an_imp_ticket_again_gives_its_level(run):
-    imp = run("laterewindlth")
+@pytest.mark.parametrize("kind", ["weights", "lr", "none"])
+def test_training_an_imp_ticket_again_gives_its_level(run, kind):
+    imp = run("laterewindlth", "--rewind", kind)
     shot = run("oneshot", "--ticket", str(imp.folder / "tickets" / "level_01.safetensors"))
     before, after = imp.network("level_01"), shot.network("train")
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert shot.ticket(1)[2]["rewind"] == shot.args["rewind"] == kind
+
+
+def test_fresh_weights_are_trained_not_fine_tuned(run):
+    path = run("laterewindlth", "--rewind", "none").folder / "tickets" / "level_01.safetensors"
+    for control, name in (("reinit", "oneshot-transfer-reinit"), ("shuffle", "oneshot-transfer-shuffle")):
+        shot = run("oneshot", "--ticket", str(path), "--control", control)
+        assert shot.folder.parent.name == name
+        rates = [row["lr"] for row in shot.stage("train", 1)]
+        assert (len(rates), len(set(rates))) == ((4, 4) if control == "reinit" else (2, 1))
 
 
 @pytest.mark.parametrize("control", ["shuffle", "reinit"])
@@ -139,7 +150,7 @@ def test_ticket_that_is_trained_to_the_end_already(run, tiny, capsys):
     with pytest.raises(SystemExit) as stop:
         script("oneshot")([*tiny, "--ticket", str(path), "--end_iter", "2"])
     assert stop.value.code == 2
-    assert "--end_iter: must be more than 2, the epoch of the ticket's weights, got 2" in capsys.readouterr().err
+    assert "--end_iter: must be more than 2, the epoch that the ticket starts with, got 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [("magnitude", "shuffle"), ("snip", "reinit")])
@@ -192,6 +203,7 @@ def test_ticket_of_the_runs_own_folder_is_refused(run, tiny, capsys):
         (lambda tensors, origin: tensors.pop("mask.classifier.weight"), "classifier.weight is not there in the ticket"),
         (lambda tensors, origin: origin.update(level=-1), "does not say its level and epoch"),
         (lambda tensors, origin: origin.update(epoch=True), "does not say its level and epoch"),
+        (lambda tensors, origin: origin.update(rewind="never"), "--rewind 'never', not weights, lr, none"),
         (lambda tensors, origin: tensors.update({"mask.classifier.weight": torch.ones(1, dtype=torch.bool)}), "no"),
         (lambda tensors, origin: tensors.update({"mask.classifier.bias": torch.ones(10, dtype=torch.bool)}), "no"),
         (lambda tensors, origin: tensors["weights.classifier.bias"].fill_(torch.nan), "finite weights"),

@@ -78,9 +78,21 @@ def test_killed_at_any_file_and_resumed(tmp_path, tiny, monkeypatch, method, ren
     kill_and_resume(tmp_path, tiny, monkeypatch, method, renamed)
 
 
-@pytest.mark.parametrize("options", ["--precision bf16", "--batch_norm over_time --optimizer adam", "--neuron relu"])
-def test_killed_and_resumed_with_other_options(tmp_path, tiny, monkeypatch, options):
-    kill_and_resume(tmp_path, [*options.split(), *tiny], monkeypatch, "earlyT_laterewindlth", False)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("earlyT_laterewindlth", "--precision bf16"),
+        ("earlyT_laterewindlth", "--batch_norm over_time --optimizer adam"),
+        ("earlyT_laterewindlth", "--neuron relu"),
+        ("earlyT_laterewindlth", "--rewind lr --divergence js"),
+        ("earlyT_laterewindlth", "--rewind none --evaluate_levels 1 2"),
+        ("laterewindlth", "--rewind lr --rewinding_epoch 0"),
+        ("laterewindlth", "--rewind none"),
+    ],
+)
+def test_killed_and_resumed_with_other_options(tmp_path, tiny, monkeypatch, method, options):
+    # given after the others, but for the folder, which is last
+    kill_and_resume(tmp_path, [*tiny[:-2], *options.split(), *tiny[-2:]], monkeypatch, method, False)
 
 
 def kill_and_resume(tmp_path, tiny, monkeypatch, method, renamed):

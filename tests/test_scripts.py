@@ -61,7 +61,14 @@ def test_script_as_a_subprocess(tmp_path, tiny, method, arch):
 
 @pytest.mark.parametrize("base", ["laterewindlth", "earlybird"])
 @pytest.mark.parametrize(
-    "more", [(), ("--rewinding_epoch", "0"), ("--rewinding_epoch", "1", "--early_time_epoch", "3")]
+    "more",
+    [
+        (),
+        ("--rewinding_epoch", "0"),
+        ("--rewinding_epoch", "1", "--early_time_epoch", "3"),
+        ("--rewinding_epoch", "1", "--early_time_epoch", "3", "--rewind", "lr"),
+        ("--rewinding_epoch", "0", "--rewind", "none"),
+    ],
 )
 def test_early_time_with_threshold_0_is_its_base_script(run, base, more):
     plain = run(base, *more)
@@ -126,6 +133,51 @@ def test_imp_rewinds_to_the_initial_weights_at_epoch_0(run):
         assert all(torch.equal(tensor, initial[name]) for name, tensor in imp.ticket(level)[1].items())
 
 
+@pytest.mark.parametrize("kind", ["lr", "none"])
+@pytest.mark.parametrize("epoch", ["0", "2"])
+def test_imp_without_weight_rewinding_goes_on_from_the_trained_weights(run, kind, epoch):
+    imp = run("laterewindlth", "--rewind", kind, "--rewinding_epoch", epoch)
+    plain = run("laterewindlth", "--rewinding_epoch", epoch, "--exp_name", "plain", "--sparsity_round", "0")
+    args = get_args("laterewindlth", None, ["--end_iter", "4", "--learning_rate", "0.1", "--rewinding_epoch", "0"])
+    for level in range(3):
+        epochs = [row["epoch"] for row in imp.stage("search", level)]
+        assert epochs == list(range(int(epoch), 4))
+        rates = [learning_rate(args, 3 if kind == "none" and level else e) for e in epochs]
+        assert [row["lr"] for row in imp.stage("search", level)] == rates
+        mask, weights, origin = imp.ticket(level)
+        assert (origin["rewind"], origin["epoch"]) == (kind, int(epoch))
+        if level == 0:  # the dense network is trained as ever
+            network, expected = imp.network("level_00"), plain.network("level_00")
+            assert all(torch.equal(tensor, network[name]) for name, tensor in expected.items())
+        else:
+            trained = imp.network(f"level_{level - 1:02d}")
+            assert all(torch.equal(tensor, trained[name]) for name, tensor in weights.items())
+        network = imp.network(f"level_{level:02d}")
+        assert all((network[name][~m] == 0).all() for name, m in mask.items())
+        assert any(not torch.equal(weights[name], network[name]) for name in mask)
+
+
+@pytest.mark.parametrize("kind", ["lr", "none"])
+def test_imp_with_early_time_trains_at_t_from_the_weights_found_at_t_early(run, kind):
+    imp = run("earlyT_laterewindlth", "--rewind", kind, "--evaluate_levels", "0", "1", "2")
+    for level in (1, 2):
+        _, weights, _ = imp.ticket(level)
+        trained = imp.network(f"level_{level - 1:02d}")
+        assert all(torch.equal(tensor, trained[name]) for name, tensor in weights.items())
+        assert {row["timesteps"] for row in imp.stage("search", level - 1)} == {2}
+        # the ticket alone is enough to train it again, at T
+        shot = run("oneshot", "--ticket", str(imp.folder / "tickets" / f"level_{level:02d}.safetensors"), "--restart")
+        before, after = imp.network(f"train_{level:02d}"), shot.network("train")
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("arch", ["resnet34", "alexnet"])
+def test_networks_of_the_supplement_go_through_a_search(run, arch):
+    bird = run("earlyT_earlybird", "--train_samples", "20", "--width", "0.03", arch=arch)
+    assert bird.results[0]["arch"] == arch
+    assert bird.results[0]["sparsity"] == pytest.approx(100 * sparsity_after(2, 0.25), abs=0.1)
+
+
 def test_imp_stops_at_the_sparsity_round(run):
     assert [row["level"] for row in run("laterewindlth", "--sparsity_round", "1").results] == [0, 1]
 
@@ -155,8 +207,9 @@ def test_imp_with_early_time_searches_short_and_evaluates_long(run, tiny):
     assert all(torch.equal(tensor, rewind_point[name]) for name, tensor in weights.items())
 
 
+@pytest.mark.parametrize("kind", ["kl", "js"])
 @pytest.mark.parametrize(("method", "stage"), [("earlyT_laterewindlth", "dense_1"), ("earlyT_earlybird", "search")])
-def test_early_time_is_chosen_from_the_network_after_its_epochs(run, tiny, monkeypatch, method, stage):
+def test_early_time_is_chosen_from_the_network_after_its_epochs(run, tiny, monkeypatch, method, stage, kind):
     """In eval mode, on the un-augmented training images, at T, after exactly one epoch."""
     started = build_model("vgg16", 3, 10, width=0.0625)
 
@@ -168,7 +221,7 @@ def test_early_time_is_chosen_from_the_network_after_its_epochs(run, tiny, monke
 
     monkeypatch.setattr(f"train_snn_{method}.build_model", lively_model)
     flags = ["--timestep", "5", "--early_time_threshold", "0.6", "--learning_rate", "1e-4", "--end_iter", "2"]
-    flags += ["--rewinding_epoch", "1", "--eb_tolerance", "0", "--early_time_samples", "30"]
+    flags += ["--rewinding_epoch", "1", "--eb_tolerance", "0", "--early_time_samples", "30", "--divergence", kind]
     early = run(method, *flags)
     (row,) = [row for row in early.rows if "early_time" in row]
     assert row["epoch"] == 0
@@ -186,9 +239,16 @@ def test_early_time_is_chosen_from_the_network_after_its_epochs(run, tiny, monke
         network = model.state_dict()
     started.load_state_dict(network)
     logits = predict(started, data.probe, 5)
-    assert row["divergences"] == divergences(logits)
+    assert row["divergences"] == divergences(logits, kind)
     assert 0 < row["divergences"][1] != 1
-    assert row["early_time"] == early_time(logits, 0.6) == early.results[0]["search_timesteps"]
+    assert row["early_time"] == early_time(logits, 0.6, kind) == early.results[0]["search_timesteps"]
+    # every epoch of the search is observed, at T though it trains with fewer timesteps; the ticket's own is not
+    last = "level_00" if method == "earlyT_laterewindlth" else "search"
+    started.load_state_dict(early.network(last))
+    searched = early.stage("search", 0)[-1]
+    assert searched["timesteps"] < 5
+    assert searched["divergences"] == divergences(predict(started, data.probe, 5), kind) != row["divergences"]
+    assert all(("divergences" in row) == (row["phase"] != "train") for row in early.rows)
 
 
 @pytest.mark.parametrize("method", ["earlybird", "earlyT_earlybird"])
@@ -241,8 +301,10 @@ def test_emptied_layer_is_named_in_a_warning(run, capsys):
         ("laterewindlth", "--dataset mnist", "choose from cifar10, cifar100, svhn"),
         ("laterewindlth", "--arch vgg11", "choose from vgg16, resnet19"),
         ("laterewindlth", "--pruning_scope layer", "choose from global, local"),
+        ("laterewindlth", "--rewind rate", "choose from weights, lr, none"),
         ("oneshot", "--ticket sniip", "choose from random, snip, magnitude, or name a ticket"),
         ("earlybird", "--eb_distance cosine", "choose from hamming, jaccard"),
+        ("earlyT_earlybird", "--divergence tv", "choose from kl, js"),
         ("earlybird", "--sparsity_round 0", "must be from 1 to 2"),
         ("earlybird", "--sparsity_round 3", "must be from 1 to 2"),
         ("laterewindlth", "--sparsity_round 3", "must be from 0 to 2"),
@@ -309,10 +371,14 @@ def test_folder_that_cannot_be_written(tmp_path, tiny, capsys):
 
 
 def test_flag_of_another_method_is_pointed_out(tiny, capsys):
-    get_args("laterewindlth", None, [*tiny, "--eb_window", "3"])
-    assert "--eb_window" in capsys.readouterr().out
+    get_args("laterewindlth", None, [*tiny, "--eb_window", "3", "--divergence", "js"])
+    out = capsys.readouterr().out
+    assert all(flag in out for flag in ("--eb_window", "--divergence", "without effect"))
     get_args("earlybird", None, ["--optimizer", "adam", "--momentum", "0.5"])
     assert "--momentum without effect" in capsys.readouterr().out
+    for method in ("earlybird", "earlyT_earlybird", "oneshot"):
+        assert get_args(method, None, ["--rewind", "none"]).rewind == "weights"
+        assert "--rewind without effect" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -330,6 +396,7 @@ def test_defaults_are_the_papers(method):
 
 
 def test_help_gives_every_default():
-    actions = [action for action in make_parser("oneshot")._actions if action.dest not in ("help", "restart")]
-    assert len(actions) == 40
+    alone = {"--help", "--restart", "--no_compile"}
+    actions = [action for action in make_parser("oneshot")._actions if not alone & set(action.option_strings)]
+    assert len(actions) == 44
     assert all("(default: " in action.help for action in actions)

@@ -1,5 +1,6 @@
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -128,6 +129,23 @@ def test_logged_accuracies_are_of_the_trained_network(stage):
     assert [row["test_accuracy"] is None for row in run.rows] == [True, True, False, False]
     assert run.rows[-1]["test_accuracy"] == evaluate(model, data.test, 3)
     assert [row["lr"] for row in run.rows] == [learning_rate(args, epoch) for epoch in range(4)]
+
+
+def test_what_is_observed_after_an_epoch_stands_in_its_row_and_its_time_does_not(stage, monkeypatch):
+    model, data, args, run = stage()
+    seen, clock = [], itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+
+    def observe():
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        time.perf_counter()  # a second passes
+        return {"observed": len(seen)}
+
+    fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(2), 2, run, observe=observe)
+    assert [row["observed"] for row in run.rows] == [1, 2]
+    assert [row["seconds"] for row in run.rows] == [1, 1]
+    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
+    assert not torch.equal(seen[0]["stem.weight"], seen[1]["stem.weight"])
 
 
 def test_logged_loss_is_the_mean_over_images(stage):

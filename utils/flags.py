@@ -10,8 +10,9 @@ import torch
 from models import ARCHITECTURES, BATCH_NORMS, NEURONS
 
 from .data import DATASETS
+from .early_time import DIVERGENCES
 from .files import checksum
-from .masks import DISTANCES, SCOPES
+from .masks import DISTANCES, REWINDS, SCOPES
 from .tickets import WRONG_TICKET, load_ticket
 
 # a script's name without train_snn_ and .py; the name says what it searches with
@@ -209,6 +210,14 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         metavar="EPOCHS",
         help="IMP: epochs of training that a rewound network keeps, 0 for its initial weights",
     )
+    add(
+        pruning,
+        "--rewind",
+        choices=REWINDS,
+        default="weights",
+        help="IMP: where a pruned network goes back to the rewind epoch: weights and learning rate; only the learning "
+        "rate (lr); or neither, fine-tuning at the schedule's last rate (none)",
+    )
 
     early_bird = parser.add_argument_group("Early-Bird (EB scripts)")
     add(
@@ -259,6 +268,13 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         default=1000,
         metavar="N",
         help="training images that the divergence is measured on; all, if there are fewer",
+    )
+    add(
+        early_time,
+        "--divergence",
+        choices=DIVERGENCES,
+        default="kl",
+        help="how predictions of fewer timesteps are compared with those of T: Kullback-Leibler or Jensen-Shannon",
     )
     add(
         early_time,
@@ -338,6 +354,14 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         metavar="NAME",
         help="name of the experiment: the run is OUTPUT_DIR/NAME/DATASET-ARCH-roundN",
     )
+    add(
+        run,
+        "--tensorboard",
+        action="store_true",
+        default=False,
+        shown="off",
+        help="write the curves of metrics.jsonl for TensorBoard, too; also of a run that goes on or is finished",
+    )
     run.add_argument("--restart", action="store_true", help="delete what an earlier run left in the folder, start over")
     return parser
 
@@ -360,6 +384,8 @@ def get_args(method: str, description: str | None = None, argv: list[str] | None
         args.exp_name = args.method
     if args.eb_tolerance is None:
         args.eb_tolerance = TOLERANCES[args.eb_distance]
+    if not uses_rewinding(method):
+        args.rewind = "weights"
     if method == "oneshot":
         _look_at_ticket(parser, args)
     _check_folder(parser, args)
@@ -390,7 +416,8 @@ def _check_folder(parser, args) -> None:
 
 
 def _look_at_ticket(parser, args) -> None:
-    """What has to be known of a saved ticket beforehand: its level, its epoch, and a checksum to know it again."""
+    """What has to be known of a saved ticket beforehand: its level, the epoch and the learning rate that it starts
+    with, and a checksum to know it again."""
     args.ticket_checksum, args.ticket_level, args.ticket_epoch = None, None, 0
     if args.ticket in TICKETS:
         return
@@ -399,9 +426,11 @@ def _look_at_ticket(parser, args) -> None:
     mask, weights, origin = load_ticket(args.ticket, WRONG_TICKET)
     args.ticket_checksum = f"{checksum(mask)} {checksum(weights)}"
     args.ticket_level, args.ticket_epoch = origin["level"], origin["epoch"]
+    if args.control != "reinit":  # fresh weights are trained, not fine-tuned
+        args.rewind = origin.get("rewind", "weights")
     if args.ticket_epoch >= args.end_iter:
         parser.error(
-            f"argument --end_iter: must be more than {args.ticket_epoch}, the epoch of the ticket's weights, "
+            f"argument --end_iter: must be more than {args.ticket_epoch}, the epoch that the ticket starts with, "
             f"got {args.end_iter}"
         )
 
@@ -455,8 +484,8 @@ def _note_unused(args, parser, argv: list[str]) -> None:
 def without_effect(args) -> set[str]:
     """The flags that a run of this method, ticket and optimizer does not look at."""
     early_bird = {"--eb_window", "--eb_tolerance", "--eb_distance"}
-    early_time = {"--early_time_epoch", "--early_time_threshold", "--early_time_samples"}
-    unused = set() if uses_rewinding(args.method) else {"--rewinding_epoch"}
+    early_time = {"--early_time_epoch", "--early_time_threshold", "--early_time_samples", "--divergence"}
+    unused = set() if uses_rewinding(args.method) else {"--rewinding_epoch", "--rewind"}
     if not uses_early_bird(args.method):
         unused |= early_bird
     if not uses_early_time(args.method):

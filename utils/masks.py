@@ -5,6 +5,8 @@ covers the prunable weights, which are the kernels of convolutions and linear la
 pruned. All functions work on the device their tensors are on.
 """
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ Mask = dict[str, Tensor]
 
 SCOPES = ("global", "local")
 DISTANCES = ("hamming", "jaccard")
+REWINDS = ("weights", "lr", "none")
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -154,6 +157,23 @@ def apply_mask(model: nn.Module, mask: Mask) -> None:
     with torch.no_grad():
         for name, weight in prunable(model).items():
             weight.mul_(mask[name])
+
+
+def state_after_pruning(model: nn.Module, rewind_point: dict[str, Tensor], kind: str = "weights") -> dict[str, Tensor]:
+    """The state that a network is trained again from once it is pruned (Renda et al., ICLR 2020).
+
+    Args:
+        model: the network as it was trained before the pruning.
+        rewind_point: its state at the rewind epoch.
+        kind: ``weights``, the rewind point; ``lr`` and ``none``, a copy of what it was trained to. They differ in the
+            learning rate, see ``training.learning_rate``.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in REWINDS:
+        raise ValueError(f"unknown rewinding {kind!r}: choose from {', '.join(REWINDS)}")
+    return rewind_point if kind == "weights" else copy.deepcopy(model.state_dict())
 
 
 def rewind(model: nn.Module, state: dict[str, Tensor], mask: Mask) -> None:

@@ -23,7 +23,7 @@ NAMES = {
     "oneshot-magnitude": "magnitude", "oneshot-snip": "SNIP", "oneshot-random": "random",
 }  # fmt: skip
 SIZE = ("dataset", "arch", "width", "train_samples", "test_samples", "end_iter")  # runs of one size share a table
-PLACE = ("round", "output_dir", "exp_name", "data_dir", "device", "restart")
+PLACE = ("round", "output_dir", "exp_name", "data_dir", "device", "tensorboard", "restart")
 CIRCUMSTANCES = ("effective_seed", "versions", "device_name", "threads", "git_commit")
 HOW_SPARSE = ("sparsity_round", "prune_iterations", "evaluate_levels")
 TICKET = ("ticket", "ticket_checksum", "ticket_level", "ticket_epoch", "control")  # the label names them in its own way
@@ -35,6 +35,7 @@ PAPER_SETTING = {
     "scheduler": "cosine", "batch_size": 128, "learning_rate": 0.3, "momentum": 0.9, "weight_decay": 5e-4,
     "prune_percent": 25.0, "pruning_scope": "global", "rewinding_epoch": 20, "eb_window": 5, "eb_tolerance": 0.02,
     "eb_distance": "hamming", "early_time_epoch": 2, "early_time_threshold": 0.6,
+    "rewind": "weights", "divergence": "kl",
 }  # fmt: skip
 SPOKEN = {
     "rewinding_epoch": "rewind epoch", "search_timestep": "T_pre", "early_time_threshold": "λ", "timestep": "T",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .activity import measure
+from .curves import Curves
 from .data import Data, Split
 from .errors import InputError
 from .files import TEMPORARY, checksum, part, read_json, read_tensors, write_json, write_tensors, write_text
@@ -26,7 +27,7 @@ from .tickets import load_ticket
 
 FORMAT = 2
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "safetensors")
-WRITTEN = ("args.json", "metrics.jsonl", "results.json", "tickets", "checkpoints")
+WRITTEN = ("args.json", "metrics.jsonl", "results.json", "tickets", "checkpoints", "tensorboard")
 REMEDY = "use another --exp_name, or --restart to delete that run and start over"
 _ABSENT = object()
 
@@ -39,7 +40,8 @@ RESULT_FIELDS = {
     "search_timesteps": int, "test_accuracy": (int, float), "best_test_accuracy": (int, float),
     "search_seconds": (int, float), "search_epochs": int, "search_timestep_epochs": int,
 }  # fmt: skip
-MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket")  # where things are; what they hold has a checksum
+# where things are, what they hold has a checksum; and what is only shown
+MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket", "tensorboard")
 
 
 class Run:
@@ -49,7 +51,8 @@ class Run:
         args: the checked flags.
 
     Raises:
-        InputError: the folder holds a run with other flags (named in the message), or one that cannot be read.
+        InputError: the folder holds a run with other flags (named in the message), or one that cannot be read; or
+            ``--tensorboard`` cannot be had.
     """
 
     def __init__(self, args):
@@ -59,6 +62,7 @@ class Run:
         saved = getattr(args, "ticket_checksum", None) is not None
         if saved and Path(args.ticket).resolve().is_relative_to(self.folder.resolve()):
             raise InputError(f"{args.ticket} lies in this run's own folder: give the run another --exp_name")
+        self.curves = Curves(self._path("tensorboard")) if args.tensorboard else None
         self.rows, self.results = [], []
         self.position = 0  # where in the rows the next epoch belongs
         self.starts: dict[Path, str] = {}  # checksums of the states that stages started from
@@ -126,6 +130,8 @@ class Run:
                 "--restart starts the run over"
             )
         self.drop_rows(phase, level, range(first, epochs.stop))
+        if self.curves is not None:
+            self.curves.start_over(phase, level, self.rows)
         return first
 
     def save_checkpoint(
@@ -182,11 +188,16 @@ class Run:
         self.rows.insert(self.position, row)
         self.position += 1
         self._write_rows()
+        if self.curves is not None:
+            self.curves.add(row, row)
 
     def note(self, **fields) -> None:
         """Add fields to the row of the newest epoch."""
-        self.rows[self.position - 1].update(fields)
+        row = self.rows[self.position - 1]
+        row.update(fields)
         self._write_rows()
+        if self.curves is not None:
+            self.curves.add(row, fields)
 
     def drop_rows(self, phase: str, level: int, epochs: range) -> None:
         """Forget epochs of a stage that are about to be run again; their new rows will take the old ones' place."""
@@ -207,7 +218,7 @@ class Run:
             level: prunings behind the mask.
             mask: what the ticket keeps.
             weights: the dense state to start from.
-            epoch: epochs of training behind the weights; the ticket's own training begins with this one.
+            epoch: the ticket's own training begins with this one.
             source: where a saved ticket came from, if this one was made of it.
 
         Raises:
@@ -230,6 +241,7 @@ class Run:
             "format": FORMAT,
             "level": level,
             "epoch": epoch,
+            "rewind": self.args.rewind,
             "sparsity": 100 * sparsity(mask),
             "timesteps": self.args.timestep,
             "search_timesteps": self.search_timesteps,
@@ -306,9 +318,12 @@ class Run:
         )
 
     def report_finished(self) -> None:
-        """Say that nothing is left to do, check the tickets, and print the table again."""
+        """Say that nothing is left to do, check the tickets, draw the curves and print the table again."""
         for level in reported_levels(self.args):
             load_ticket(self.ticket_path(level))
+        if self.curves is not None:
+            for phase, level in dict.fromkeys((row["phase"], row["level"]) for row in self.rows):
+                self.curves.start_over(phase, level, self.rows)
         print("this run is finished; --restart deletes it and starts over")
         self.report()
 

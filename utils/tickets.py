@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .files import part, read_tensors
-from .masks import Mask, prunable
+from .masks import REWINDS, Mask, prunable
 
 WRONG_TICKET = "name a file of a run's tickets folder"
 
@@ -29,6 +29,8 @@ def load_ticket(
         raise InputError(f"{path} is not a ticket (bool masks and finite weights): {remedy}")
     if not isinstance(origin, dict) or any(not _is_count(origin.get(name)) for name in ("level", "epoch")):
         raise InputError(f"{path} does not say its level and epoch: {remedy}")
+    if origin.get("rewind", REWINDS[0]) not in REWINDS:
+        raise InputError(f"{path} is of --rewind {origin['rewind']!r}, not {', '.join(REWINDS)}: {remedy}")
     return mask, weights, origin
 
 

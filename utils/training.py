@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -29,12 +30,15 @@ def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     )
 
 
-def learning_rate(args, epoch: int) -> float:
-    """Learning rate of an absolute epoch, 0 .. ``args.end_iter`` - 1, the same in every level.
+def learning_rate(args, epoch: int, level: int = 0) -> float:
+    """Learning rate of an absolute epoch, 0 .. ``args.end_iter`` - 1.
 
     ``cosine`` falls from ``args.learning_rate`` and would reach 0 at ``end_iter``; ``step`` divides by 10 when half
-    and when three quarters of the epochs are done.
+    and when three quarters of the epochs are done. All levels follow the same schedule, but with ``--rewind none``: a
+    pruned network is then fine-tuned at the rate that the schedule ends with (Renda et al., ICLR 2020).
     """
+    if args.rewind == "none" and level > 0:
+        epoch = args.end_iter - 1
     if args.scheduler == "cosine":
         return args.learning_rate * (1 + math.cos(math.pi * epoch / args.end_iter)) / 2
     return args.learning_rate * 0.1 ** sum(epoch >= share * args.end_iter for share in (1 / 2, 3 / 4))
@@ -74,6 +78,7 @@ def fit(
     phase: str = "search",
     level: int = 0,
     checkpoint: Path | None = None,
+    observe: Callable[[], dict] | None = None,
 ) -> None:
     """Train for a range of epochs of the one absolute schedule; pruned weights are exactly 0 after every step.
 
@@ -90,8 +95,10 @@ def fit(
         timesteps: number of timesteps T of every forward pass.
         run: where the epochs are logged.
         phase: ``dense``, ``search`` or ``train``, for the log.
-        level: prunings behind ``mask``.
+        level: prunings behind ``mask``; for the log, the random numbers and the learning rate.
         checkpoint: file to go on from and to write after every epoch; None leaves both to the caller.
+        observe: what to log beside the loss; called after every epoch, it must leave the model as it is. Its time is
+            not counted.
 
     Raises:
         DivergedError: the loss or the weights are not finite; the checkpoint of the epoch before stays.
@@ -101,7 +108,7 @@ def fit(
         first = run.resume(checkpoint, phase, level, epochs, model, optimizer)
     update = MaskedUpdate(optimizer, model, mask)
     for epoch in range(first, epochs.stop):
-        update.set_learning_rate(learning_rate(args, epoch))
+        update.set_learning_rate(learning_rate(args, epoch, level))
         title = f"{phase} level {level} epoch {epoch + 1}/{args.end_iter} T={timesteps}"
         started = time.perf_counter()
         batches = data.train.augmented_batches(args.batch_size, run.generator(level, epoch))
@@ -121,6 +128,7 @@ def fit(
             train_accuracy=accuracy,
             test_accuracy=evaluate(model, data.test, timesteps, args.precision) if tested else None,
             seconds=seconds,
+            **(observe() if observe is not None else {}),
         )
         run.report_epoch(title, images_per_second=len(data.train) / seconds)
         if checkpoint is not None:
