@@ -66,13 +66,13 @@ SCALES = {
         rounds=5,
     ),
     "small": Scale(
-        flags="--train_samples 600 --width 0.125 --batch_size 16 --learning_rate 0.1 --end_iter 10 --valid_freq 5 "
-        "--prune_percent 75 --prune_iterations 4 --rewinding_epoch 2 --eb_window 3 --eb_tolerance 0.05",
-        networks=(("digits", "vgg16"),),
-        early_networks=(("digits", "vgg16"),),
+        flags="--train_samples 1000 --width 0.125 --batch_size 16 --learning_rate 0.1 --end_iter 8 --valid_freq 4 "
+        "--prune_percent 50 --prune_iterations 7 --rewinding_epoch 2 --eb_window 3 --eb_tolerance 0.05",
+        networks=(("digits", "alexnet"),),
+        early_networks=(("digits", "alexnet"),),
         deeper_networks=(),
-        levels=(1, 2, 3),
-        rewinding_epochs=(0, 5, 8),
+        levels=(2, 4, 6),
+        rewinding_epochs=(0, 4, 6),
         rounds=3,
     ),
 }
