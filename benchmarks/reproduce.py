@@ -149,8 +149,9 @@ def _first_network(scale: Scale, where: list[str], number: int) -> Iterator[Comm
         for kind in ("snip", "random"):
             flags = f"--ticket {kind} --sparsity_round {level} --neuron relu --timestep 1"
             yield command("Fig. 10", "oneshot", f"ann-{kind}-{level}", flags)
-    for how in ("lr", "none"):
-        yield command("rewinding (Renda et al.)", "laterewindlth", f"imp-{how}", f"--rewind {how}")
+    for how in ("weights", "lr", "none"):  # the last rate of a cosine is too small to fine-tune with
+        flags = f"--rewind {how} --scheduler step"
+        yield command("rewinding (Renda et al.)", "laterewindlth", f"imp-step-{how}", flags)
     for level in scale.levels:
         for name, source in (("imp", "imp"), ("eb", f"eb-{level}"), ("eb-et", f"eb-et-{level}")):
             yield command(
