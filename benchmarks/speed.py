@@ -59,17 +59,17 @@ def main(argv=None):
         raise InputError(f"--device {args.device}: choose from cpu, cuda (a GPU must be there)")
     folder = Path(args.out or (ROOT / "runs" / "speed" if args.quick else ROOT / "benchmarks" / "results"))
 
-    rows = other_rows(args.device, repeats=3 if args.quick else 7)
     tests = EVALUATION_BATCH[args.device] if args.device == "cuda" else 20 if args.quick else 32
+    report = {"machine": machine(args.device), "versions": versions(), "rows": []}
+    name = "speed-" + "-".join(report["machine"]["name"].lower().replace("(", " ").replace(")", " ").split())
+    report["rows"] += other_rows(args.device, repeats=3 if args.quick else 7)
     for arch, timesteps, batch_size, mask, options, repeats in plan(args.device, args.quick):
         print(f"{arch} T={timesteps} B={batch_size} {mask} mask", file=sys.stderr, flush=True)
-        rows += network_rows(args.device, arch, timesteps, batch_size, tests, mask, options, repeats)
+        report["rows"] += network_rows(args.device, arch, timesteps, batch_size, tests, mask, options, repeats)
+        write_json(folder / f"{name}.json", report)  # after every piece: stopped half way, half is there
+        write_text(folder / f"{name}.md", as_markdown(report))
         torch._dynamo.reset()
         gc.collect()
-    report = {"machine": machine(args.device), "versions": versions(), "rows": rows}
-    name = "speed-" + "-".join(report["machine"]["name"].lower().replace("(", " ").replace(")", " ").split())
-    write_json(folder / f"{name}.json", report)
-    write_text(folder / f"{name}.md", as_markdown(report))
     print(as_markdown(report))
     print(f"written: {folder / name}.json, .md")
 

@@ -353,13 +353,14 @@ def test_cuda_without_a_gpu(tiny, capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [[], ["--compile"]])
 @pytest.mark.parametrize("method", METHODS)
-def test_script_on_a_gpu(run, method):
-    done = run(method, "--device", "cuda")
+def test_script_on_a_gpu(run, method, options):
+    done = run(method, "--device", "cuda", *options)
     assert done.args["precision"] == "bf16"
     assert done.results[-1]["level"] == 2
     (done.folder / "results.json").unlink()
-    assert run(method, "--device", "cuda").results == done.results
+    assert run(method, "--device", "cuda", *options).results == done.results
 
 
 def test_folder_that_cannot_be_written(tmp_path, tiny, capsys):
