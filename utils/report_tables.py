@@ -309,10 +309,12 @@ def remarks(section: Section) -> list[str]:
             common[flag] = text
     if common:
         lines.append(f"Not the paper's size and settings: {', '.join(common.values())}.")
+    alike: dict[str, list[str]] = {}  # what differs from the paper -> labels
     for label, texts in unlike.items():
-        own = [text for flag, text in texts.items() if flag not in common]
+        own = ", ".join(text for flag, text in texts.items() if flag not in common)
         if own:
-            lines.append(f"{label}, not as in the paper: {', '.join(own)}.")
+            alike.setdefault(own, []).append(label)
+    lines += [f"Not as in the paper: {own} ({'; '.join(labels)})." for own, labels in alike.items()]
     machines: dict[str, list[str]] = {}
     for experiment in section.experiments:
         for name in sorted({str(run.args.get("device_name", "not noted")) for run in experiment.runs}):
