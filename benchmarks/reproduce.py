@@ -14,6 +14,7 @@ import contextlib
 import io
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -32,14 +33,15 @@ sys.path.insert(0, str(ROOT))
 from models import build_model  # noqa: E402
 from utils.data import DATASETS  # noqa: E402
 from utils.errors import InputError, one_line_errors  # noqa: E402
-from utils.files import write_text  # noqa: E402
 from utils.flags import get_args, planned_epochs  # noqa: E402
 from utils.masks import dense_mask  # noqa: E402
 from utils.runs import Run, clock  # noqa: E402
 from utils.training import MaskedUpdate, forward, loss_over_time, make_optimizer  # noqa: E402
 
 IMAGES = {"tinyimagenet": (100_000, 64), "svhn": (73_257, 32), "fmnist": (60_000, 32), "digits": (1_437, 32)}
-TIMED_STEPS = 3
+TIMED_STEPS, TIMED_IMAGES = 3, 8
+TABLE_1 = ("Table 1", "Table 2", "Fig. 1", "Fig. 6", "Fig. 8a", "Fig. 8b", "Fig. 11")
+OBSERVATIONS = ("Fig. 3", "Fig. 7a", "Fig. 7b", "Fig. 7c", "Fig. 8c")  # IMP's own share of them
 
 
 @dataclass(frozen=True)
@@ -82,85 +84,113 @@ SCALES = {
 class Command:
     """One run: what of the paper it is behind, and the script with its flags."""
 
-    shows: str
+    shows: tuple[str, ...]
     method: str
     flags: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"python train_snn_{self.method}.py {shlex.join(self.flags)}"
 
+    def value(self, flag: str) -> str | None:
+        """What follows a flag; the last one counts."""
+        places = [place for place, word in enumerate(self.flags) if word == flag]
+        return self.flags[places[-1] + 1] if places else None
+
+    @property
+    def name(self) -> str:
+        """Experiment and run, as in the folder's path."""
+        run = f"{self.value('--dataset')}-{self.value('--arch')}-round{self.value('--round')}"
+        return f"{self.value('--exp_name')}/{run}"
+
+    @property
+    def source(self) -> str | None:
+        """The name of the run whose ticket this one is given."""
+        ticket = self.value("--ticket")
+        return "/".join(Path(ticket).parts[-4:-2]) if ticket and ticket.endswith(".safetensors") else None
+
 
 def commands(scale: Scale, output_dir: str, data_dir: str | None = None) -> Iterator[Command]:
     """All runs, round by round."""
     where = ["--output_dir", output_dir, *(["--data_dir", data_dir] if data_dir else [])]
     for number in range(1, scale.rounds + 1):
-        for dataset, arch in scale.networks:
-            yield from _table_1("Table 1, Figs. 1, 5, 6, 8a, 8b, 11", scale, where, dataset, arch, number)
-        for dataset, arch in scale.deeper_networks:
-            yield from _table_1("supplement G", scale, where, dataset, arch, number)
-        for dataset, arch in scale.early_networks:
-            command = _maker(scale, where, dataset, arch, number)
-            for timesteps in range(2, 6):
-                flags = f"--ticket magnitude --search_timestep {timesteps} --sparsity_round {scale.levels[1]}"
-                yield command("Fig. 4", "oneshot", f"magnitude-t{timesteps}", flags)
-        yield from _first_network(scale, where, number)
+        for network in scale.networks:
+            command = Maker(scale, where, *network, number)
+            yield from _table_1(command, scale, TABLE_1, OBSERVATIONS if network == scale.networks[0] else ())
+            if network == scale.networks[0] or network[1] == "vgg16":
+                yield command(("Fig. 9", "Fig. 10"), "laterewindlth", "ann", "--neuron relu --timestep 1")
+                for level in scale.levels:
+                    yield command(("Fig. 9",), "oneshot", f"transfer-{level}", command.ticket("ann", level))
+            if network in scale.early_networks:
+                # section 3.3: the divergence of a network that is trained at T throughout
+                flags = "--early_time_threshold 0 --sparsity_round 1"
+                yield command(("Fig. 5", "supplement C"), "earlyT_laterewindlth", "divergence", flags)
+                for timesteps in range(2, 6):
+                    flags = f"--ticket magnitude --search_timestep {timesteps} --sparsity_round {scale.levels[1]}"
+                    yield command(("Fig. 4",), "oneshot", f"magnitude-t{timesteps}", flags)
+        for network in scale.deeper_networks:
+            yield from _table_1(Maker(scale, where, *network, number), scale, ("supplement G",), ())
+        yield from _first_network(Maker(scale, where, *scale.networks[0], number), scale)
 
 
-def _maker(scale: Scale, where: list[str], dataset: str, arch: str, number: int):
-    def command(shows: str, method: str, name: str, flags: str = "") -> Command:
-        words = f"--dataset {dataset} --arch {arch} {scale.flags} {flags} --round {number} --exp_name {name}"
-        return Command(shows, method, (*shlex.split(words), *where))
+@dataclass(frozen=True)
+class Maker:
+    """Makes the commands of one data set, network and round."""
 
-    return command
+    scale: Scale
+    where: list[str]
+    dataset: str
+    arch: str
+    number: int
+
+    def __call__(self, shows: tuple[str, ...], method: str, name: str, flags: str = "") -> Command:
+        network = f"--dataset {self.dataset} --arch {self.arch} {self.scale.flags}"
+        words = shlex.split(f"{network} {flags} --round {self.number} --exp_name {name}")
+        return Command(shows, method, (*words, *self.where))
+
+    def ticket(self, name: str, level: int) -> str:
+        """The flag that gives a run the ticket of another one."""
+        folder = Path(self.where[1]) / name / f"{self.dataset}-{self.arch}-round{self.number}"
+        return f"--ticket {shlex.quote(str(folder / 'tickets' / f'level_{level:02d}.safetensors'))}"
 
 
-def _table_1(shows: str, scale: Scale, where: list[str], dataset: str, arch: str, number: int) -> Iterator[Command]:
-    command = _maker(scale, where, dataset, arch, number)
+def _table_1(command: Maker, scale: Scale, shows: tuple[str, ...], more: tuple[str, ...]) -> Iterator[Command]:
     levels = " ".join(map(str, scale.levels))
-    yield command(shows, "laterewindlth", "imp")
-    yield command(shows, "earlyT_laterewindlth", "imp-et", f"--evaluate_levels {levels}")
+    yield command(shows + more, "laterewindlth", "imp")
+    yield command(shows + more, "earlyT_laterewindlth", "imp-et", f"--evaluate_levels {levels}")
     for level in scale.levels:
         yield command(shows, "earlybird", f"eb-{level}", f"--sparsity_round {level}")
         yield command(shows, "earlyT_earlybird", f"eb-et-{level}", f"--sparsity_round {level}")
-        yield command(shows, "oneshot", f"random-{level}", f"--ticket random --sparsity_round {level}")
+        yield command((*shows, "Fig. 10"), "oneshot", f"random-{level}", f"--ticket random --sparsity_round {level}")
 
 
-def _first_network(scale: Scale, where: list[str], number: int) -> Iterator[Command]:
-    dataset, arch = scale.networks[0]
-    command = _maker(scale, where, dataset, arch, number)
-
-    def ticket(name: str, level: int) -> str:
-        folder = Path(where[1]) / name / f"{dataset}-{arch}-round{number}"
-        return f"--ticket {shlex.quote(str(folder / 'tickets' / f'level_{level:02d}.safetensors'))}"
-
+def _first_network(command: Maker, scale: Scale) -> Iterator[Command]:
     for epoch in scale.rewinding_epochs:
-        shows = "Fig. 3" if epoch == 0 else "Fig. 7a"
+        shows = ("Fig. 3", "Fig. 7a") if epoch == 0 else ("Fig. 7a",)
         yield command(shows, "laterewindlth", f"imp-rewind-{epoch}", f"--rewinding_epoch {epoch}")
-    yield command("Fig. 7b", "laterewindlth", "imp-local", "--pruning_scope local")
+    yield command(("Fig. 7b",), "laterewindlth", "imp-local", "--pruning_scope local")
     levels = " ".join(map(str, scale.levels))
     for threshold in ("0.2", "1.01"):  # where 0.6 leads to T = 3, these lead to 4 and to 2
         flags = f"--early_time_threshold {threshold} --evaluate_levels {levels}"
-        yield command("Fig. 8c", "earlyT_laterewindlth", f"imp-et-{threshold}", flags)
-    yield command("supplement F", "earlyT_laterewindlth", "imp-et-js", f"--divergence js --evaluate_levels {levels}")
-    yield command("Fig. 9", "laterewindlth", "ann", "--neuron relu --timestep 1")
+        yield command(("Fig. 8c",), "earlyT_laterewindlth", f"imp-et-{threshold}", flags)
+    flags = f"--divergence js --evaluate_levels {levels}"
+    yield command(("supplement F",), "earlyT_laterewindlth", "imp-et-js", flags)
     for level in scale.levels:
-        yield command("Fig. 9", "oneshot", f"transfer-{level}", ticket("ann", level))
-        yield command("Fig. 10", "oneshot", f"snip-{level}", f"--ticket snip --sparsity_round {level}")
+        yield command(("Fig. 10",), "oneshot", f"snip-{level}", f"--ticket snip --sparsity_round {level}")
         for kind in ("snip", "random"):
             flags = f"--ticket {kind} --sparsity_round {level} --neuron relu --timestep 1"
-            yield command("Fig. 10", "oneshot", f"ann-{kind}-{level}", flags)
+            yield command(("Fig. 10",), "oneshot", f"ann-{kind}-{level}", flags)
     for how in ("weights", "lr", "none"):  # the last rate of a cosine is too small to fine-tune with
         flags = f"--rewind {how} --scheduler step"
-        yield command("rewinding (Renda et al.)", "laterewindlth", f"imp-step-{how}", flags)
+        yield command(("rewinding",), "laterewindlth", f"imp-step-{how}", flags)
     for level in scale.levels:
         for name, source in (("imp", "imp"), ("eb", f"eb-{level}"), ("eb-et", f"eb-et-{level}")):
-            yield command(
-                "controls", "oneshot", f"{name}-shuffle-{level}", f"{ticket(source, level)} --control shuffle"
-            )
-        yield command("controls", "oneshot", f"imp-reinit-{level}", f"{ticket('imp', level)} --control reinit")
+            flags = f"{command.ticket(source, level)} --control shuffle"
+            yield command(("controls",), "oneshot", f"{name}-shuffle-{level}", flags)
+        flags = f"{command.ticket('imp', level)} --control reinit"
+        yield command(("controls",), "oneshot", f"imp-reinit-{level}", flags)
     for options in ("--precision fp32", "--precision bf16", "--precision bf16 --compile"):
         name = "dense-" + "-".join(word for word in options.replace("--", "").split() if word != "precision")
-        yield command("precision", "oneshot", name, f"--ticket random --sparsity_round 0 {options}")
+        yield command(("precision",), "oneshot", name, f"--ticket random --sparsity_round 0 {options}")
 
 
 @one_line_errors
@@ -169,7 +199,7 @@ def main(argv=None):
     parser.add_argument("--scale", choices=SCALES, default="full", help="size of the experiments (default: full)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and how long they would take")
     parser.add_argument(
-        "--only", metavar="TEXT", default="", help="only what is behind this, or has it among its flags"
+        "--only", metavar="TEXT", default="", help="only what is behind this (Fig. 9), or has it among its flags"
     )
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="runs at a time, sharing the cores (default: 1)"
@@ -183,8 +213,10 @@ def main(argv=None):
     everything = list(commands(SCALES[args.scale], output_dir, args.data_dir))
     wanted = [command for command in everything if args.only in command.shows or args.only in str(command)]
     if not wanted:
-        shown = dict.fromkeys(command.shows for command in everything)
+        shown = dict.fromkeys(name for command in everything for name in command.shows)
         parser.error(f"argument --only: no command has {args.only!r}; they are behind: {'; '.join(shown)}")
+    sources = {command.source for command in wanted}
+    wanted = [command for command in everything if command in wanted or command.name in sources]
     if args.dry_run:
         return dry_run(wanted)
     failed = run_all(wanted, args.jobs, Path(output_dir) / "logs")
@@ -204,28 +236,31 @@ def state(command: Command) -> str:
 
 
 def dry_run(wanted: list[Command]) -> None:
-    """Print what is behind what. Times are upper bounds: EB may settle, and ET take fewer timesteps, at any moment."""
+    """Print what is behind what, and about how long it takes: its training, all at T, EB to the last epoch."""
     total = 0.0
     for command in wanted:
         now = state(command)
         seconds = 0.0 if now == "done" else estimate(command)
         total += seconds
-        print(f"# {command.shows}: {now}" + ("" if now == "done" else f", at most {clock(seconds)}"))
+        print(f"# {', '.join(command.shows)}: {now}" + ("" if now == "done" else f", about {clock(seconds)}"))
         print(command)
-    print(f"# {len(wanted)} runs, at most {clock(total)} one after the other on this machine")
+    print(f"# {len(wanted)} runs, about {clock(total)} one after the other on this machine")
 
 
 def estimate(command: Command) -> float:
-    """Seconds that a run takes at most, from the time of a few training steps here."""
+    """Seconds that the training of a run takes, from a few steps here."""
     flags = list(command.flags)
-    if "--ticket" in flags and flags[flags.index("--ticket") + 1].endswith(".safetensors"):
+    if command.source:
         flags[flags.index("--ticket") + 1] = "random"  # it need not be there yet; its training takes as long
     with contextlib.redirect_stdout(io.StringIO()):
         args = get_args(command.method, None, flags)
     images, side = IMAGES.get(args.dataset, (50_000, 32))
+    images = min(images, args.train_samples or images)
+    # a CPU's time goes with the images, and a full batch may not fit its memory
+    batch_size = args.batch_size if args.device.startswith("cuda") else min(args.batch_size, TIMED_IMAGES)
     network = (args.arch, args.dataset, side, args.neuron, args.width)
-    step = seconds_per_step(*network, args.timestep, args.batch_size, args.device, args.precision)
-    return step * -(-min(images, args.train_samples or images) // args.batch_size) * sum(planned_epochs(args))
+    step = seconds_per_step(*network, args.timestep, batch_size, args.device, args.precision)
+    return step * images / batch_size * sum(planned_epochs(args))
 
 
 @cache
@@ -253,34 +288,48 @@ def run_all(wanted: list[Command], jobs: int, logs: Path) -> dict[Command, str]:
         The failed commands, each with its last lines.
     """
     failed: dict[Command, str] = {}
+    running: list[subprocess.Popen] = []
     stop = threading.Event()
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    logs.mkdir(parents=True, exist_ok=True)
 
     def work(command: Command) -> None:
         if stop.is_set():
             return
         started = time.monotonic()
         call = [sys.executable, ROOT / f"train_snn_{command.method}.py", *command.flags]
-        ended = subprocess.run(call, env=environment, capture_output=True, text=True)
-        names = ("--exp_name", "--dataset", "--arch", "--round")
-        name = "-".join(command.flags[command.flags.index(flag) + 1] for flag in names)
-        write_text(logs / f"{name}.log", ended.stdout + ended.stderr)
-        if ended.returncode:
-            failed[command] = "\n".join((ended.stdout + ended.stderr).splitlines()[-5:])
+        log = logs / f"{command.name.replace('/', '-')}.log"
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(call, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            running.append(process)
+            code = process.wait()
+        running.remove(process)
+        if code:
+            failed[command] = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
         left.remove(command)
-        outcome = "failed" if ended.returncode else "done"
+        outcome = "failed" if code else "done"
         print(f"{outcome} in {clock(time.monotonic() - started)}, {len(left)} left: {command}", flush=True)
 
-    # runs that make a ticket come first, then those that are given one
-    for given in (False, True):
-        left = [c for c in wanted if c not in failed and state(c) in (("missing", "waits") if given else ("missing",))]
-        print(f"{len(left)} of {len(wanted)} runs", flush=True)
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                list(pool.map(work, list(left)))
-            except KeyboardInterrupt:
-                stop.set()
-                raise
+    def terminated(*_) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        # runs that make a ticket come first, then those that are given one
+        for given in (False, True):
+            wait = ("missing", "waits") if given else ("missing",)
+            left = [command for command in wanted if command not in failed and state(command) in wait]
+            print(f"{len(left)} of {len(wanted)} runs, output in {logs}", flush=True)
+            with ThreadPoolExecutor(jobs) as pool:
+                try:
+                    list(pool.map(work, list(left)))
+                except KeyboardInterrupt:
+                    stop.set()
+                    for process in list(running):
+                        process.terminate()  # what is written is whole; the same command goes on
+                    raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return failed
 
 
