@@ -50,7 +50,8 @@ class AlexNet(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """He et al.'s normal initialisation by fan-in: the linear layers have no batch norm to make them fire."""
+    """He et al.'s normal initialisation by fan-in. The spiking linear layers have no batch norm: the second one hardly
+    fires at first and has to be trained to, and where much is pruned at initialisation it may stay silent."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)

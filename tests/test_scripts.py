@@ -290,6 +290,14 @@ def test_early_bird_that_never_settles_says_so(run, capsys):
     assert "no mask settled within 4 epochs; the ticket is the last mask" in capsys.readouterr().out
 
 
+def test_silent_layer_is_named_in_a_warning(run, capsys):
+    done = run("oneshot", "--sparsity_round", "2", "--prune_percent", "90")
+    silent = [name for name, rate in done.results[0]["firing_rates"].items() if rate == 0]
+    assert silent
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "fires on any test image" in line]
+    assert ", ".join(silent) in warning
+
+
 def test_emptied_layer_is_named_in_a_warning(run, capsys):
     run("earlybird", "--prune_percent", "99")
     assert "no weight is left in" in capsys.readouterr().err

@@ -285,6 +285,13 @@ class Run:
         }
         if not any(result.items() <= row.items() for row in self.results):
             result |= measure(model, mask, test, self.args.timestep, self.args.precision)
+            silent = [name for name, rate in (result["firing_rates"] or {}).items() if rate == 0]
+            if silent:
+                print(
+                    f"warning: at level {level} no neuron of {', '.join(silent)} fires on any test image: "
+                    "what follows sees nothing",
+                    file=sys.stderr,
+                )
             others = [row for row in self.results if row["level"] != level]
             self.results = sorted([*others, result], key=lambda row: row["level"])
             write_json(self._path("results.json"), self.results)
