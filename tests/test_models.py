@@ -156,6 +156,10 @@ def test_unknown_choices_name_the_choices(kwargs, message):
         build_model(**({"arch": "vgg16", "channels": 3, "classes": 10} | kwargs))
 
 
+def kernels():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 @needs_a_compiler
 @pytest.mark.parametrize("statistics", ["per_timestep", "over_time"])
 def test_compiled_block_is_the_block(statistics):
@@ -163,13 +167,14 @@ def test_compiled_block_is_the_block(statistics):
     eager = NormAndFire(4, "lif", statistics).double()
     compiled = copy.deepcopy(eager)
     compile_blocks(compiled)
-    outcomes = []
+    outcomes, before = [], kernels()
     for block in (eager, compiled):
         torch.manual_seed(1)
         x = torch.randn(3, 6, 4, 5, 5, dtype=torch.float64, requires_grad=True)
         spikes = [block(x, shortcut=x.flip(0)), block(x[:1], timesteps=3), block.eval()(x)]
         sum((s * torch.randn_like(s)).sum() for s in spikes).backward()
         outcomes.append([*spikes, x.grad, *(p.grad for p in block.parameters()), *block.state_dict().values()])
+    assert kernels() > before
     assert all(0.01 < spikes.mean() < 0.99 for spikes in outcomes[0][:3])
     for a, b in zip(*outcomes, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -177,9 +182,6 @@ def test_compiled_block_is_the_block(statistics):
 
 @needs_a_compiler
 def test_kernels_are_shared_and_a_change_of_timesteps_back_and_forth_ends():
-    def kernels():
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
     blocks = torch.nn.ModuleList(NormAndFire(3, "lif") for _ in range(12))
     compile_blocks(blocks)
     torch._dynamo.reset()

@@ -4,15 +4,16 @@ import time
 
 import pytest
 import torch
-from conftest import lively
+from conftest import lively, needs_a_compiler
 from torch.nn import functional as F
 
 from models import build_model
+from models.layers import NormAndFire, compile_blocks
 from utils.data import load_data
 from utils.errors import DivergedError
 from utils.masks import dense_mask, magnitude_mask, prunable, rewind
 from utils.runs import Run
-from utils.training import evaluate, fit, learning_rate, loss_over_time, make_optimizer, predict
+from utils.training import evaluate, fit, forward, learning_rate, loss_over_time, make_optimizer, predict
 
 
 @pytest.fixture
@@ -215,3 +216,26 @@ def test_bf16_trains_with_fp32_weights(stage):
     fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(1), 2, run)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert math.isfinite(run.rows[0]["loss"])
+
+
+@needs_a_compiler
+def test_only_full_batches_are_compiled_for():
+    class OneBlock(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fire = NormAndFire(3, "lif")
+
+        def forward(self, images, timesteps):
+            return self.fire(images.unsqueeze(0), timesteps=timesteps)
+
+    def kernels():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    model = OneBlock()
+    compile_blocks(model)
+    torch._dynamo.reset()
+    before = kernels()
+    forward(model, torch.randn(3, 3, 5, 5), 2, "fp32", 4)
+    assert kernels() == before
+    forward(model, torch.randn(4, 3, 5, 5), 2, "fp32", 4)
+    assert kernels() == before + 1

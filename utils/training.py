@@ -178,7 +178,7 @@ def _train_epoch(model, batches, images, update, timesteps, args, title, time_le
     next_read = started + SECONDS_BETWEEN_READS
     with tqdm(total=images, desc=title, unit="image", leave=False, file=sys.stdout, disable=None) as bar:
         for step, (inputs, labels) in enumerate(batches):
-            logits = forward(model, inputs, timesteps, args.precision, args.batch_size)
+            logits = forward(model, inputs, timesteps, args.precision, min(args.batch_size, images))
             loss = loss_over_time(logits, labels)
             update(loss)
             losses[step] = loss.detach() * len(labels)
@@ -219,7 +219,7 @@ def predict(model: nn.Module, split: Split, timesteps: int, precision: str = "fp
     training = model.training
     model.eval()
     logits = []
-    batch_size = EVALUATION_BATCH[split.images.device.type]
+    batch_size = min(EVALUATION_BATCH[split.images.device.type], len(split))
     for inputs, _ in split.batches(batch_size):
         logits.append(forward(model, inputs, timesteps, precision, batch_size).float())
     model.train(training)
