@@ -444,11 +444,31 @@ def test_timesteps_that_a_threshold_chooses():
 
 def test_few_sparsities_stand_for_many():
     quarter = [100 * (1 - 0.75**level) for level in range(15)]
-    assert shown_columns(quarter) == [quarter[level] for level in (4, 8, 11, 14)]
+    assert shown_columns(quarter) == [quarter[level] for level in (4, 8, 11, 13, 14)]  # the paper's, and the sparsest
     half = [100 * (1 - 0.5**level) for level in range(11)]
-    assert len(shown_columns(half)) == 5
-    assert {half[1], half[10]} <= set(shown_columns(half))
+    assert shown_columns(half) == half[2::2]  # even
     assert shown_columns([0.0, 50.0, 75.0]) == [50.0, 75.0]
+    assert shown_columns([75.0, *half, 75.0, half[4], half[4]], most=2) == [75.0, half[4]]  # with the most results
+
+
+def test_table_1_shows_the_sparsities_that_most_experiments_have(tmp_path):
+    root = tmp_path / "runs"
+    half = [100 * (1 - 0.5**level) for level in range(7)]
+    imp = [result(level, 90.0, sparsity=half[level]) for level in range(7)]
+    write_run(root, "imp", "laterewindlth", 1, imp, prune_percent=50.0)
+    for level in (2, 4, 6):
+        rows = [result(level, 80.0, sparsity=half[level])]
+        write_run(root, f"eb-{level}", "earlybird", 1, rows, sparsity_round=level, prune_percent=50.0)
+    write_run(root, "m", "oneshot-magnitude", 1, [result(4, 70.0, sparsity=half[4])], ticket="magnitude")
+    write_run(root, "s", "oneshot-snip", 1, [result(1, 60.0, sparsity=half[1])], ticket="snip")
+    (section,) = sections_of(read_runs(root)[0])
+    table = table_1(section, paper_table())
+    assert table.head[1:6] == ["50.00 %", "75.00 %", "93.75 %", "96.88 %", "98.44 %"]
+    assert [row[0] for row in table.rows] == [["IMP"], ["EB"], ["magnitude"], ["SNIP"]]
+    write_run(root, "r", "oneshot-random", 1, [result(3, 50.0, sparsity=99.5)], ticket="random")
+    write_run(root, "e", "earlybird", 2, [result(5, 80.0, sparsity=half[5])], sparsity_round=5, prune_percent=50.0)
+    (section,) = sections_of(read_runs(root)[0])
+    assert ["random"] not in [row[0] for row in table_1(section, paper_table()).rows]  # it has none of those shown
 
 
 def test_readme_names_what_is_written(tmp_path):

@@ -298,9 +298,8 @@ def _varied(section: Section, flag: str, keep=lambda experiment: True) -> list[E
 
 def _by_sparsity(section: Section, points: list[tuple[float, Cell]]) -> list[Line]:
     """A line per sparsity through accuracies at other positions; few sparsities stand for many."""
-    there = sorted({cell.column for _, cell in points})
     lines = []
-    for column in shown_columns(there):
+    for column in shown_columns([cell.column for _, cell in points]):
         by_place: dict[float, list] = {}
         for x, cell in points:
             if cell.column == column:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,15 +69,28 @@ def paper_row(
 
 
 def shown_columns(columns: list[float], most: int = MOST_COLUMNS) -> list[float]:
-    """A few sparsities to stand for many: the paper's where they are there, then an even choice; the last always."""
-    columns = [column for column in columns if column > 0]
-    if len(columns) <= most:
-        return columns
+    """A few sparsities to stand for many, ascending.
+
+    Args:
+        columns: sparsities in %, each as often as there are results at it. Those with the most results are kept, of
+            equals the paper's first, the others evenly up to the sparsest.
+        most: how many to keep.
+    """
+    counts = Counter(column for column in columns if column > 0)
     papers = [100 * (1 - 0.75**prunings) for prunings in (4, 8, 11, 14)]
-    of_paper = [column for column in columns if any(same_sparsity(column, p) for p in papers)]
-    if len(of_paper) > 1:
-        return sorted({*of_paper, columns[-1]})
-    return sorted({columns[round(i * (len(columns) - 1) / (most - 1))] for i in range(most)})
+    ranks: dict[tuple[int, bool], list[float]] = {}
+    for column in sorted(counts):
+        ranks.setdefault((counts[column], any(same_sparsity(column, p) for p in papers)), []).append(column)
+    shown: list[float] = []
+    for _, group in sorted(ranks.items(), reverse=True):
+        keep = min(len(group), most - len(shown))
+        shown += [group[-(-(i + 1) * len(group) // keep) - 1] for i in range(keep)]
+    return sorted(shown)
+
+
+def columns_of(experiments: list[Experiment]) -> list[float]:
+    """Sparsities in %, each once for every experiment that has a ticket there."""
+    return [column for experiment in experiments for column in {cell.column for cell in experiment.cells}]
 
 
 # --- text --------------------------------------------------------------------------------------------------------
@@ -172,9 +186,9 @@ def gain(early: Experiment, base: Experiment, column: float) -> Gain | None:
 
 def table_1(section: Section, paper: dict) -> Table | None:
     """Table 1 of the paper: methods as rows, sparsities as columns; accuracy on the left, the search on the right."""
-    experiments = [e for e in section.experiments if any(cell.column > 0 for cell in e.cells)]
-    columns = shown_columns(section.columns)
-    if not columns:
+    columns = shown_columns(columns_of(section.experiments))
+    experiments = [e for e in section.experiments if any(e.at(column) for column in columns)]
+    if not experiments:
         return None
     rows = []
     for experiment in experiments:
@@ -184,7 +198,8 @@ def table_1(section: Section, paper: dict) -> Table | None:
         rows.append(row)
         base = base_of(experiment, section)
         if base is not None:
-            rows.append(_change(experiment, base, section, columns, paper))
+            change = _change(experiment, base, section, columns, paper)
+            rows += [change] if any(change[1:]) else []
     notes = []
     if section.dense is not None:
         dense = section.dense.spread("test_accuracy")
@@ -262,7 +277,7 @@ def cost_table(section: Section) -> Table | None:
     fields = [name for name in COSTS if any(cell.spread(name) for _, cell in cells)]
     if not fields:
         return None
-    keep = {0.0, *shown_columns(section.columns)}
+    keep = {0.0, *shown_columns(columns_of(section.experiments))}
     rows = []
     for experiment, cell in cells:
         values = [cell.spread(name) for name in fields]
