@@ -13,7 +13,13 @@ from conftest import ROOT
 from PIL import Image
 
 from report import main
-from utils.report_figures import chosen_timesteps
+from utils.report_figures import (
+    accuracy_and_early_time,
+    accuracy_by_early_time,
+    chosen_timesteps,
+    early_time_and_threshold,
+    early_time_by_threshold,
+)
 from utils.report_runs import read_runs, sections_of
 from utils.report_tables import markdown, paper_table, shown_columns, table_1, tables_csv
 
@@ -440,6 +446,46 @@ def test_timesteps_that_a_threshold_chooses():
         3,
         2,
     ]
+
+
+def test_a_round_decides_once_on_each_threshold(tmp_path):
+    root = tmp_path / "runs"
+
+    def write(name, round, divergences, **flags):
+        rows = epochs("search", 0, 2, divergences=[1.0, 0.9, 0.9])
+        rows[1] |= {"early_time": 3, "divergences": divergences}
+        write_run(root, name, "earlyT_earlybird", round, [result(8, 90.0)], rows, sparsity_round=8, **flags)
+
+    write("a-js", 1, [1.0, 0.1, 0.1], divergence="js")
+    write("b-decay", 1, [1.0, 0.9, 0.1], weight_decay=0.1)
+    write("c", 1, [1.0, 0.5, 0.1])
+    write("c", 2, [1.0, 0.8, 0.1])
+    write("d-js", 3, [1.0, 0.1, 0.1], divergence="js")
+    (section,) = sections_of(read_runs(root)[0])
+    points = dict(early_time_by_threshold(section))
+    assert {value.n for value in points.values()} == {2}
+    assert points[0.6].mean == statistics.mean([3, 4])  # of [1, 0.5, 0.1] and [1, 0.8, 0.1]
+    assert points[0.3].mean == 4
+    assert "n = 2;" in early_time_and_threshold([section]).caption
+
+
+def test_a_round_counts_once_at_each_number_of_timesteps(tmp_path):
+    root = tmp_path / "runs"
+    for round, accuracy in ACCURACY.items():
+        write_run(root, "eb", "earlybird", round, [result(8, accuracy)], sparsity_round=8)
+        # two thresholds choose 3 timesteps, and one keeps all 5
+        for threshold, timesteps, less in ((0.5, 3, 9), (0.6, 3, 1), (0, 5, 7), (1.01, 2, 5)):
+            rows = [result(8, accuracy - less, timesteps=timesteps)]
+            more = {"sparsity_round": 8, "early_time_threshold": threshold}
+            write_run(root, f"ebet-{threshold}", "earlyT_earlybird", round, rows, **more)
+    (section,) = sections_of(read_runs(root)[0])
+    group = [experiment for experiment in section.experiments if experiment.method == "earlyT_earlybird"]
+    found = {}
+    for timesteps, cell in accuracy_by_early_time(section, group):
+        found.setdefault(timesteps, []).append(cell.rows[0]["test_accuracy"])
+    values = list(ACCURACY.values())
+    assert found == {5: values, 3: [value - 1 for value in values], 2: [value - 5 for value in values]}
+    assert "n = 3;" in accuracy_and_early_time(section).caption
 
 
 def test_few_sparsities_stand_for_many():

@@ -341,20 +341,26 @@ def accuracy_and_early_time(section: Section) -> Plot | None:
     group = _varied(section, "early_time_threshold")
     if not group:
         return None
-    bases = [base for base in [base_of(group[0], section)] if base]
-    points: list[tuple[float, Cell]] = []
-    for experiment in group + bases:
-        for cell in experiment.cells:
-            for row in cell.rows:
-                points.append((row["search_timesteps"], Cell(cell.level, cell.column, [row])))
-    shared = {cell.column for e in group for cell in e.cells}
-    lines = _by_sparsity(section, [(x, cell) for x, cell in points if cell.column in shared])
+    lines = _by_sparsity(section, accuracy_by_early_time(section, group))
     name = group[0].label.split(",")[0]
     return _accuracy_over(
         section, lines, "timesteps of the search, T_early", "accuracy-early-time", "Accuracy against T_early",
-        f"Accuracy of tickets of {name} over the timesteps they were searched with, the base method at T (paper: "
-        "Fig. 8c).",
+        f"Accuracy of tickets of {name} over the timesteps they were searched with, the base method at T; a round "
+        "counts once at each (paper: Fig. 8c).",
     )  # fmt: skip
+
+
+def accuracy_by_early_time(section: Section, group: list[Experiment]) -> list[tuple[int, Cell]]:
+    """Tickets by the timesteps of their search, a round once at each: of several, the base's, then the plainest's."""
+    bases = [base for base in [base_of(group[0], section)] if base]
+    shared = {cell.column for experiment in group for cell in experiment.cells}
+    kept: dict[tuple[int, float, int], dict] = {}
+    for experiment in [*bases, *sorted(group, key=lambda e: not e.plain)]:
+        for cell in experiment.cells:
+            for row in cell.rows:
+                if cell.column in shared:
+                    kept.setdefault((row["search_timesteps"], cell.column, row["round"]), row)
+    return [(x, Cell(row["level"], column, [row])) for (x, column, _), row in kept.items()]
 
 
 def accuracy_and_search_timestep(section: Section) -> Plot | None:
@@ -527,17 +533,8 @@ def early_time_and_threshold(sections: list[Section]) -> Plot | None:
     """Fig. 8b: the timesteps that each threshold would have chosen, from the divergences that were logged."""
     lines = []
     for section in sections:
-        vectors: dict[tuple, list[float]] = {}
-        for experiment in section.experiments:
-            for run in experiment.runs:
-                deciding = next((row for row in run.rows if "early_time" in row and row.get("divergences")), None)
-                if uses_early_time(experiment.method) and deciding:
-                    vectors[(run.args["round"], *deciding["divergences"])] = deciding["divergences"]
-        if vectors:
-            points = [
-                (step / 10, spread(chosen_timesteps(vector, step / 10) for vector in vectors.values()))
-                for step in range(11)
-            ]
+        points = early_time_by_threshold(section)
+        if points:
             lines.append(Line(section.title, points, len(lines)))
     if not lines:
         return None
@@ -551,10 +548,28 @@ def early_time_and_threshold(sections: list[Section]) -> Plot | None:
     axis.set_ylabel("T_early (timesteps)")
     _legend(figure, axis, columns)
     caption = (
-        "Timesteps that each threshold chooses, from the divergences of the epoch that decided (paper: Fig. 8b). "
-        f"{_behind(lines)}"
+        "Timesteps that each threshold chooses, from the KL divergences of the epoch that decided, one vector per "
+        f"round (paper: Fig. 8b). {_behind(lines)}"
     )
     return _finish(figure, None, "early-time-threshold", "T_early against threshold", caption)
+
+
+def early_time_by_threshold(section: Section) -> list[tuple[float, Spread]]:
+    """T_early of thresholds from 0 to 1 over rounds: one of each, with KL divergence, of the plainest experiment."""
+    vectors: dict[int, list[float]] = {}
+    for experiment in sorted(section.experiments, key=lambda e: not e.plain):
+        if uses_early_time(experiment.method) and _measures_kl(experiment):
+            for run in experiment.runs:
+                deciding = next((row for row in run.rows if "early_time" in row and row.get("divergences")), None)
+                if deciding:
+                    vectors.setdefault(run.args["round"], deciding["divergences"])
+    thresholds = [step / 10 for step in range(11)] if vectors else []
+    return [(x, spread(chosen_timesteps(vector, x) for vector in vectors.values())) for x in thresholds]
+
+
+def _measures_kl(experiment: Experiment) -> bool:
+    """Whether an experiment's divergences are the paper's, of an SNN; an ANN's say nothing about time."""
+    return experiment.settings.get("divergence", "kl") == "kl" and experiment.settings.get("neuron") != "relu"
 
 
 def chosen_timesteps(divergences: list[float], threshold: float) -> int:
