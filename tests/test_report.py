@@ -17,6 +17,8 @@ from utils.report_figures import (
     accuracy_and_early_time,
     accuracy_by_early_time,
     chosen_timesteps,
+    divergence_over_epochs,
+    divergences_at_t,
     early_time_and_threshold,
     early_time_by_threshold,
 )
@@ -486,6 +488,29 @@ def test_a_round_counts_once_at_each_number_of_timesteps(tmp_path):
     values = list(ACCURACY.values())
     assert found == {5: values, 3: [value - 1 for value in values], 2: [value - 5 for value in values]}
     assert "n = 3;" in accuracy_and_early_time(section).caption
+
+
+def test_divergences_are_of_a_network_trained_at_t(tmp_path):
+    root = tmp_path / "runs"
+    for round in (1, 2):
+        rows = epochs("search", 0, 6, divergences=[1.0, {1: 0.3, 2: 0.4}[round]])
+        for row in rows[2:]:
+            row["timesteps"] = 3  # chosen in the second epoch
+        write_run(root, "et", "earlyT_laterewindlth", round, [result(8, 90.0)], rows)
+    rows = epochs("search", 0, 6, divergences=[1.0, 0.9])
+    write_run(root, "js", "earlyT_laterewindlth", 3, [result(8, 90.0)], rows, divergence="js")
+    (section,) = sections_of(read_runs(root)[0])
+    experiment, values = divergences_at_t(section)
+    assert experiment.label == "IMP + ET"
+    assert values == {(t, e): {1: v, 2: w} for t, v, w in ((2, 1.0, 1.0), (3, 0.3, 0.4)) for e in (0, 1)}
+    assert "After the deciding epoch the network was trained at T_early" in divergence_over_epochs(section).caption
+    rows = epochs("search", 0, 2, divergences=[1.0, 0.7])
+    write_run(root, "et-0", "earlyT_laterewindlth", 1, [result(8, 90.0)], rows, early_time_threshold=0)
+    (section,) = sections_of(read_runs(root)[0])
+    experiment, values = divergences_at_t(section)
+    assert experiment.label == "IMP + ET, λ 0"
+    assert values[3, 1] == {1: 0.7}
+    assert "T_early" not in divergence_over_epochs(section).caption
 
 
 def test_few_sparsities_stand_for_many():

@@ -496,20 +496,11 @@ def settling(section: Section) -> Plot | None:
 
 
 def divergence_over_epochs(section: Section) -> Plot | None:
-    """Fig. 5: the normalised divergence of each number of timesteps while the dense network trains."""
-    best: tuple[int, Experiment | None, dict] = (0, None, {})
-    for experiment in section.experiments:
-        by_place: dict[tuple[int, int], dict[int, float]] = {}  # (t, epoch) -> round -> divergence
-        for run in experiment.runs:
-            for row in run.rows:
-                if row["level"] == 0 and row["phase"] != "train":
-                    for t, value in enumerate(row.get("divergences") or [], start=2):
-                        by_place.setdefault((t, row["epoch"]), {}).setdefault(run.args["round"], value)
-        if len(by_place) > best[0]:
-            best = (len(by_place), experiment, by_place)
-    _, experiment, by_place = best
-    if experiment is None:
+    """Fig. 5: the normalised divergence of each number of timesteps while the dense network trains at T."""
+    found = divergences_at_t(section)
+    if found is None:
         return None
+    experiment, by_place = found
     lines = []
     for t in sorted({t for t, _ in by_place}):
         points = [(e + 1, spread(values.values())) for (at, e), values in sorted(by_place.items()) if at == t]
@@ -523,10 +514,36 @@ def divergence_over_epochs(section: Section) -> Plot | None:
     axis.set_ylabel("normalised divergence")
     _legend(figure, axis, columns)
     caption = (
-        "Divergence of the prediction after t timesteps from that after all, divided by that of t = 2 (paper: Fig. 5). "
-        f"{experiment.label}, {_behind(lines)}"
+        "KL divergence of the prediction after t timesteps from that after all, divided by that of t = 2, while the "
+        f"network trains at T (paper: Fig. 5). {experiment.label}, {_behind(lines)}"
     )
+    if not _keeps_t(experiment):
+        caption += " After the deciding epoch the network was trained at T_early; epochs at fewer timesteps than T are "
+        caption += "not shown."
     return _finish(figure, section, "divergence", "Divergence over epochs", caption)
+
+
+def divergences_at_t(section: Section) -> tuple[Experiment, dict[tuple[int, int], dict[int, float]]] | None:
+    """The experiment that trained the dense network at T for longest, and its divergences: (t, epoch) -> by round.
+
+    One that keeps T (threshold 0) comes before any other.
+    """
+    measured = []
+    for experiment in filter(_measures_kl, section.experiments):
+        by_place: dict[tuple[int, int], dict[int, float]] = {}
+        for run in experiment.runs:
+            for row in run.rows:
+                at_t = row["timesteps"] == run.args.get("timestep")
+                if row["level"] == 0 and row["phase"] != "train" and at_t:
+                    for t, value in enumerate(row.get("divergences") or [], start=2):
+                        by_place.setdefault((t, row["epoch"]), {}).setdefault(run.args["round"], value)
+        if by_place:
+            measured.append((experiment, by_place))
+    return max(measured, key=lambda found: (_keeps_t(found[0]), len(found[1])), default=None)
+
+
+def _keeps_t(experiment: Experiment) -> bool:
+    return experiment.settings.get("early_time_threshold") == 0
 
 
 def early_time_and_threshold(sections: list[Section]) -> Plot | None:
