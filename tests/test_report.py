@@ -23,7 +23,7 @@ from utils.report_figures import (
     early_time_by_threshold,
 )
 from utils.report_runs import read_runs, sections_of
-from utils.report_tables import markdown, paper_table, shown_columns, table_1, tables_csv
+from utils.report_tables import every_ticket, markdown, paper_table, remarks, shown_columns, table_1, tables_csv
 
 FLAGS = {
     "dataset": "cifar10", "arch": "vgg16", "width": 1.0, "train_samples": None, "test_samples": None, "neuron": "lif",
@@ -511,6 +511,23 @@ def test_divergences_are_of_a_network_trained_at_t(tmp_path):
     assert experiment.label == "IMP + ET, λ 0"
     assert values[3, 1] == {1: 0.7}
     assert "T_early" not in divergence_over_epochs(section).caption
+
+
+def test_accuracies_of_silent_networks_are_marked(tmp_path):
+    root = tmp_path / "runs"
+    for round, rates in ((1, {"a": 0.1, "b": 0.0}), (2, {"a": 0.1, "b": 0.2})):
+        write_run(root, "eb", "earlybird", round, [result(8, 10.0, firing_rates=rates)], sparsity_round=8)
+    rows = [result(8, 85.0, firing_rates={"a": 1e-9, "b": 0.2})]
+    write_run(root, "ebet", "earlyT_earlybird", 1, rows, sparsity_round=8)
+    (section,) = sections_of(read_runs(root)[0])
+    for table in (table_1(section, paper_table()), every_ticket(section)):
+        text = " ".join(line for row in table.rows for cell in row for line in cell)
+        assert "10.00 ± 0.00†" in text
+        assert text.count("†") == 1
+        (note,) = [note for note in table.notes if "†" in note]
+        assert "(here: b)" in note
+    (line,) = [line for line in remarks(section) if line.startswith("Silent")]
+    assert line == "Silent on all test images: EB at 89.99 % (b in 1 of 2 rounds)."
 
 
 def test_few_sparsities_stand_for_many():

@@ -120,6 +120,11 @@ class Cell:
     def rounds(self) -> list[int]:
         return [row["round"] for row in self.rows]
 
+    @property
+    def silent(self) -> dict[str, int]:
+        """Layers that did not spike once on the test images, and in how many rounds."""
+        return Counter(n for row in self.rows for n, rate in (row.get("firing_rates") or {}).items() if rate == 0)
+
 
 @dataclass(frozen=True)
 class Experiment:

@@ -20,6 +20,7 @@ from .report_runs import (
 
 PAPER_TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "paper" / "table1.csv"
 MOST_COLUMNS = 5  # sparsities side by side
+SILENT = "†"  # marks an accuracy of a network with a layer that does not spike
 IN_SOURCE = "see its source"  # a saved ticket's cost stands with the run that found it
 CSV_FIELDS = (
     "dataset", "arch", "width", "train_samples", "test_samples", "end_iter", "experiment", "method", "level",
@@ -133,6 +134,22 @@ def measured(value: Spread) -> str:
     return number(value.mean) + ("" if value.std is None else f" ± {number(value.std)}")
 
 
+def accuracy_of(cell: Cell) -> str:
+    """Accuracy of a ticket, marked where a layer of it is silent."""
+    return measured(cell.spread("test_accuracy")) + (SILENT if cell.silent else "")
+
+
+def silent_note(cells: list[Cell]) -> list[str]:
+    """What the mark says, where one of the cells has it."""
+    layers = list(dict.fromkeys(name for cell in cells for name in cell.silent))
+    if not layers:
+        return []
+    return [
+        f"{SILENT} In at least one round a layer is silent, it does not spike once on the test images (here: "
+        f"{', '.join(layers)}): what follows it may see nothing of the image, and the accuracy is then chance."
+    ]
+
+
 def with_n(text: str, value: Spread) -> str:
     """A number never stands without how many it is the mean of."""
     return f"{text} (n={value.n})"
@@ -212,6 +229,7 @@ def table_1(section: Section, paper: dict) -> Table | None:
         "to find the ticket, its own training excluded, and the same in epochs x timesteps. Sparsity is of the "
         "prunable weights. Paper: Table 1, search on an RTX 2080 Ti."
     )
+    notes += silent_note([cell for e in experiments for column in columns for cell in e.at(column)])
     for experiment in experiments:
         for column in columns:
             row = paper_row(experiment, section, column, paper) if experiment.at(column) else None
@@ -223,11 +241,10 @@ def table_1(section: Section, paper: dict) -> Table | None:
 
 
 def _accuracy(experiment: Experiment, section: Section, column: float, paper: dict) -> list[str]:
-    values = [cell.spread("test_accuracy") for cell in experiment.at(column)]
+    cells = experiment.at(column)
     row = paper_row(experiment, section, column, paper)
-    return [with_n(measured(value), value) for value in values] + (
-        [f"paper {row['accuracy']}"] if values and row else []
-    )
+    lines = [with_n(accuracy_of(cell), cell.spread("test_accuracy")) for cell in cells]
+    return lines + ([f"paper {row['accuracy']}"] if cells and row else [])
 
 
 def _search(experiment: Experiment, section: Section, column: float, paper: dict) -> list[str]:
@@ -300,12 +317,14 @@ def every_ticket(section: Section) -> Table:
             search.append(count(cell.spread("search_timestep_epochs")))
             texts = [
                 experiment.label, str(cell.level), percent(cell.column), str(len(cell.rows)),
-                ", ".join(map(str, cell.rounds)), measured(cell.spread("test_accuracy")),
+                ", ".join(map(str, cell.rounds)), accuracy_of(cell),
                 measured(cell.spread("best_test_accuracy")), count(cell.spread("search_timesteps")),
                 *(search if experiment.searches else [IN_SOURCE, "", ""]), duration(trained) if trained else "",
             ]  # fmt: skip
             rows.append([[text] for text in texts])
-    return Table("Every ticket", head, rows, ["Mean ± sample standard deviation over the n rounds named."])
+    notes = ["Mean ± sample standard deviation over the n rounds named."]
+    notes += silent_note([cell for experiment in section.experiments for cell in experiment.cells])
+    return Table("Every ticket", head, rows, notes)
 
 
 def remarks(section: Section) -> list[str]:
@@ -330,6 +349,13 @@ def remarks(section: Section) -> list[str]:
         if own:
             alike.setdefault(own, []).append(label)
     lines += [f"Not as in the paper: {own} ({'; '.join(labels)})." for own, labels in alike.items()]
+    for experiment in section.experiments:
+        for cell in filter(lambda cell: cell.silent, experiment.cells):
+            by_count: dict[int, list[str]] = {}
+            for name, n in cell.silent.items():
+                by_count.setdefault(n, []).append(name)
+            layers = "; ".join(f"{', '.join(names)} in {n} of {len(cell.rows)} rounds" for n, names in by_count.items())
+            lines.append(f"Silent on all test images: {experiment.label} at {percent(cell.column)} ({layers}).")
     machines: dict[str, list[str]] = {}
     for experiment in section.experiments:
         for name in sorted({str(run.args.get("device_name", "not noted")) for run in experiment.runs}):
