@@ -530,6 +530,21 @@ def test_accuracies_of_silent_networks_are_marked(tmp_path):
     assert line == "Silent on all test images: EB at 89.99 % (b in 1 of 2 rounds)."
 
 
+def test_early_bird_that_settles_by_arithmetic_is_named(tmp_path):
+    root = tmp_path / "runs"
+    for level, sparsity in ((4, 95.0), (8, 97.6), (9, 99.0)):  # masks differ in 10, 4.8 and 2 % at most
+        for method in ("earlybird", "earlyT_earlybird", "laterewindlth"):
+            more = {"sparsity_round": level, "eb_tolerance": 0.05, "eb_window": 3}
+            rows = [result(level, 90.0, sparsity=sparsity)]
+            write_run(root, f"{method}-{level}", method, 1, rows, **more)
+            if method == "earlybird":
+                write_run(root, f"j-{level}", method, 1, rows, eb_distance="jaccard", **more)
+                write_run(root, f"t-{level}", method, 1, rows, **more | {"eb_tolerance": 0.02})
+    (section,) = sections_of(read_runs(root)[0])
+    (line,) = [line for line in remarks(section) if "2 (1 - s)" in line]
+    assert line.endswith(": EB, tolerance 0.05 at 97.60 %, 99.00 %; EB + ET, tolerance 0.05 at 97.60 %, 99.00 %.")
+
+
 def test_few_sparsities_stand_for_many():
     quarter = [100 * (1 - 0.75**level) for level in range(15)]
     assert shown_columns(quarter) == [quarter[level] for level in (4, 8, 11, 13, 14)]  # the paper's, and the sparsest

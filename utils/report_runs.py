@@ -47,7 +47,7 @@ SAME = 0.01  # two densities that differ by less than this share are one sparsit
 
 NUMBER = (int, float)
 ARGS_FIELDS = {"method": str, "dataset": str, "arch": str, "round": int}
-MORE_ARGS_FIELDS = {"timestep": int, "rewinding_epoch": int, "search_timestep": int}  # positions in figures
+MORE_ARGS_FIELDS = {"timestep": int, "rewinding_epoch": int, "search_timestep": int, "eb_tolerance": NUMBER}
 MORE_EPOCH_FIELDS = {
     "loss": NUMBER, "train_accuracy": NUMBER, "hamming": NUMBER, "jaccard": NUMBER, "divergences": list,
     "early_time": int,

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from .flags import uses_early_bird
 from .report_runs import (
     COSTS,
     PAPER_SETTING,
@@ -356,6 +357,13 @@ def remarks(section: Section) -> list[str]:
                 by_count.setdefault(n, []).append(name)
             layers = "; ".join(f"{', '.join(names)} in {n} of {len(cell.rows)} rounds" for n, names in by_count.items())
             lines.append(f"Silent on all test images: {experiment.label} at {percent(cell.column)} ({layers}).")
+    at_once = {experiment.label: settles_at_once(experiment) for experiment in section.experiments}
+    named = "; ".join(f"{label} at {', '.join(map(percent, columns))}" for label, columns in at_once.items() if columns)
+    if named:
+        lines.append(
+            "Two masks of one sparsity s differ in at most 2 (1 - s) of their entries, which is below the tolerance of "
+            f"Early-Bird here, so that it settles as soon as its window is full, whatever the masks are: {named}."
+        )
     machines: dict[str, list[str]] = {}
     for experiment in section.experiments:
         for name in sorted({str(run.args.get("device_name", "not noted")) for run in experiment.runs}):
@@ -365,6 +373,15 @@ def remarks(section: Section) -> list[str]:
     else:
         lines += [f"On {name}: {'; '.join(labels)}." for name, labels in machines.items()]
     return lines
+
+
+def settles_at_once(experiment: Experiment) -> list[float]:
+    """Sparsities in % at which no two masks of Early-Bird are as far apart (Hamming) as its tolerance."""
+    if not uses_early_bird(experiment.method) or experiment.settings.get("eb_distance") != "hamming":
+        return []
+    tolerance = experiment.settings["eb_tolerance"]
+    cells = [cell for cell in experiment.cells if 2 * (1 - cell.rows[0]["sparsity"] / 100) < tolerance]
+    return [cell.column for cell in cells]
 
 
 def tables_csv(sections: list[Section], paper: dict) -> str:
