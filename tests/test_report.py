@@ -137,8 +137,39 @@ def test_change_and_speed_gain_of_early_time(tmp_path):
         assert float(row["timestep_epochs_gain"]) == pytest.approx(5 / 3, rel=1e-5)
         assert rows["IMP", level]["delta_accuracy"] == ""
     text = (out / "tables.md").read_text()
-    assert "×1.50 (n=3)" in text  # noqa: RUF001
-    assert "−0.35 (n=3)" in text  # noqa: RUF001
+    assert "×1.50 ± 0.00 (n=3)" in text  # noqa: RUF001
+    assert "−0.35 ± 0.00 (n=3)" in text  # noqa: RUF001
+
+
+def test_change_of_early_time_is_of_the_rounds_that_both_have(tmp_path):
+    root = tmp_path / "runs"
+    base = {1: (90.0, 100.0), 2: (91.0, 120.0), 3: (80.0, 900.0)}  # accuracy, seconds
+    early = {1: (89.0, 80.0), 2: (91.5, 60.0), 4: (20.0, 1.0)}
+    for name, method, values in (("a", "earlybird", base), ("b", "earlyT_earlybird", early)):
+        for round, (accuracy, seconds) in values.items():
+            write_run(root, name, method, round, [result(8, accuracy, seconds)], sparsity_round=8)
+    row = numbers(tmp_path)["EB + ET", 8]
+    deltas, speeds = np.array([-1.0, 0.5]), np.array([100 / 80, 120 / 60])
+    assert float(row["delta_accuracy"]) == pytest.approx(deltas.mean())
+    assert float(row["delta_accuracy_std"]) == pytest.approx(deltas.std(ddof=1), rel=1e-5)
+    assert float(row["speed_gain"]) == pytest.approx(speeds.mean())
+    assert float(row["speed_gain_std"]) == pytest.approx(speeds.std(ddof=1), rel=1e-5)
+    (section,) = sections_of(read_runs(root)[0])
+    text = markdown(table_1(section, paper_table()))
+    assert "−0.25 ± 1.06 (n=2)" in text  # noqa: RUF001
+    assert "×1.62 ± 0.53 (n=2)" in text  # noqa: RUF001
+
+
+def test_change_of_early_time_without_common_rounds_is_of_the_means(tmp_path):
+    for name, method, rounds in (("a", "earlybird", (1, 2)), ("b", "earlyT_earlybird", (3,))):
+        for round in rounds:
+            rows = [result(8, 90.0 + round, 100.0 * round)]
+            write_run(tmp_path / "runs", name, method, round, rows, sparsity_round=8)
+    row = numbers(tmp_path)["EB + ET", 8]
+    assert (row["delta_accuracy"], row["delta_accuracy_std"]) == ("1.5", "")
+    assert (row["speed_gain"], row["speed_gain_std"], row["base_n"]) == ("0.5", "", "2")
+    (section,) = sections_of(read_runs(tmp_path / "runs")[0])
+    assert "+1.50 (n=1, base n=2)" in markdown(table_1(section, paper_table()))
 
 
 def test_early_time_is_compared_with_the_same_settings_only(tmp_path):

@@ -16,6 +16,7 @@ from .report_runs import (
     Spread,
     base_of,
     same_sparsity,
+    spread,
     unlike_paper,
 )
 
@@ -27,7 +28,8 @@ CSV_FIELDS = (
     "dataset", "arch", "width", "train_samples", "test_samples", "end_iter", "experiment", "method", "level",
     "sparsity", "n", "rounds", "accuracy_mean", "accuracy_std", "best_accuracy_mean", "search_timesteps_mean",
     "search_seconds_mean", "search_seconds_std", "search_epochs_mean", "search_timestep_epochs_mean",
-    "train_seconds_mean", "delta_accuracy", "speed_gain", "timestep_epochs_gain", "base_n", "paper_accuracy",
+    "train_seconds_mean", "delta_accuracy", "delta_accuracy_std", "speed_gain", "speed_gain_std",
+    "timestep_epochs_gain", "timestep_epochs_gain_std", "base_n", "paper_accuracy",
     "paper_hours", "paper_delta_accuracy", "paper_speed_gain", *(f"{name}_mean" for name in COSTS),
 )  # fmt: skip
 
@@ -151,6 +153,10 @@ def silent_note(cells: list[Cell]) -> list[str]:
     ]
 
 
+def signed_spread(value: Spread) -> str:
+    return signed(value.mean) + measured(value).removeprefix(number(value.mean))
+
+
 def with_n(text: str, value: Spread) -> str:
     """A number never stands without how many it is the mean of."""
     return f"{text} (n={value.n})"
@@ -165,38 +171,44 @@ def percent(column: float) -> str:
 
 @dataclass(frozen=True)
 class Gain:
-    """What Early-Time changes at one sparsity; a ratio is None where nothing was searched or the machines differ."""
+    """What Early-Time changes at one sparsity; a ratio is None where nothing was searched or the machines differ.
 
-    delta_accuracy: float
-    speed: float | None
-    cost: float | None
-    n: int
-    base_n: int
+    Values are over the rounds that both have; where there are none, of the two means, and without a deviation.
+    """
 
-    @property
-    def repetitions(self) -> str:
-        return f"(n={self.n})" if self.n == self.base_n else f"(n={self.n}, base n={self.base_n})"
+    delta_accuracy: Spread
+    speed: Spread | None
+    cost: Spread | None
+    repetitions: str
 
 
 def gain(early: Experiment, base: Experiment, column: float) -> Gain | None:
-    """Compare two experiments at a sparsity that both have: means of accuracy, ratios of mean search cost."""
+    """Compare two experiments round by round at a sparsity that both have: accuracy, search time and search cost."""
     if not early.at(column) or not base.at(column):
         return None
     one, other = early.at(column)[0], base.at(column)[0]
-    accuracy = one.spread("test_accuracy").mean - other.spread("test_accuracy").mean
+    of_base = {row["round"]: row for row in other.rows}
+    pairs = [(row, of_base[row["round"]]) for row in one.rows if row["round"] in of_base]
+    repetitions = f"(n={len(pairs)})"
+    if not pairs:
+        fields = ("test_accuracy", "search_seconds", "search_timestep_epochs")
+        pairs = [tuple({field: cell.spread(field).mean for field in fields} for cell in (one, other))]
+        repetitions = f"(n={len(one.rows)}, base n={len(other.rows)})"
 
     def ratio(field):
-        mine, its = one.spread(field).mean, other.spread(field).mean
-        return its / mine if mine > 0 and its > 0 else None
+        return spread(its[field] / mine[field] for mine, its in pairs if mine[field] > 0 and its[field] > 0)
 
     same_machine = len({run.args.get("device_name") for run in early.runs + base.runs}) == 1
     return Gain(
-        accuracy,
+        spread(mine["test_accuracy"] - its["test_accuracy"] for mine, its in pairs),
         ratio("search_seconds") if same_machine else None,
         ratio("search_timestep_epochs"),
-        len(one.rows),
-        len(other.rows),
+        repetitions,
     )
+
+
+def factor(value: Spread) -> str:
+    return f"×{measured(value)}"  # noqa: RUF001
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -228,7 +240,8 @@ def table_1(section: Section, paper: dict) -> Table | None:
     notes.append(
         "Accuracy in % after the last epoch, mean ± sample standard deviation over rounds. Search: training time spent "
         "to find the ticket, its own training excluded, and the same in epochs x timesteps. Sparsity is of the "
-        "prunable weights. Paper: Table 1, search on an RTX 2080 Ti."
+        "prunable weights. What ET changes is the mean of the differences and ratios of the rounds that both have. "
+        "Paper: Table 1, search on an RTX 2080 Ti."
     )
     notes += silent_note([cell for e in experiments for column in columns for cell in e.at(column)])
     for experiment in experiments:
@@ -271,13 +284,10 @@ def _change(early: Experiment, base: Experiment, section: Section, columns: list
             accuracy.append([])
             speed.append([])
             continue
-        accuracy.append([f"{signed(change.delta_accuracy)} {change.repetitions}"])
-        if change.speed is None:
-            speed.append([f"no ratio {change.repetitions}"])
-        else:
-            speed.append([f"×{change.speed:.2f} {change.repetitions}"])  # noqa: RUF001
+        accuracy.append([f"{signed_spread(change.delta_accuracy)} {change.repetitions}"])
+        speed.append([f"{'no ratio' if change.speed is None else factor(change.speed)} {change.repetitions}"])
         if change.cost is not None:
-            speed[-1].append(f"×{change.cost:.2f} in epochs x T")  # noqa: RUF001
+            speed[-1].append(f"{factor(change.cost)} in epochs x T")
         if row:
             accuracy[-1].append(f"paper {row['delta_accuracy'].replace('-', '−')}")  # noqa: RUF001
             speed[-1].append(f"paper ×{row['speed_gain']}")  # noqa: RUF001
@@ -418,9 +428,12 @@ def _csv_row(section: Section, experiment: Experiment, cell: Cell, paper: dict) 
     base = base_of(experiment, section)
     change = gain(experiment, base, cell.column) if base else None
     if change:
-        row |= {"delta_accuracy": f"{change.delta_accuracy:.6g}", "base_n": change.base_n}
-        row["speed_gain"] = "" if change.speed is None else f"{change.speed:.6g}"
-        row["timestep_epochs_gain"] = "" if change.cost is None else f"{change.cost:.6g}"
+        row["base_n"] = len(base.at(cell.column)[0].rows)
+        found = (("delta_accuracy", change.delta_accuracy), ("speed_gain", change.speed))
+        for name, value in (*found, ("timestep_epochs_gain", change.cost)):
+            if value is not None:
+                row[name] = f"{value.mean:.6g}"
+                row[f"{name}_std"] = "" if value.std is None else f"{value.std:.6g}"
     of_paper = paper_row(experiment, section, cell.column, paper)
     if of_paper:
         row |= {"paper_accuracy": of_paper["accuracy"], "paper_hours": of_paper["hours"]}
