@@ -576,6 +576,23 @@ def test_early_bird_that_settles_by_arithmetic_is_named(tmp_path):
     assert line.endswith(": EB, tolerance 0.05 at 97.60 %, 99.00 %; EB + ET, tolerance 0.05 at 97.60 %, 99.00 %.")
 
 
+def test_dense_is_of_the_same_neuron(tmp_path):
+    root = tmp_path / "runs"
+    write_run(root, "imp", "laterewindlth", 1, [result(0, 93.0), result(8, 92.0)])
+    ann = {"neuron": "relu", "timestep": 1}
+    write_run(root, "snip-ann", "oneshot-snip", 1, [result(8, 94.0)], ticket="snip", sparsity_round=8, **ann)
+
+    def overview():
+        out, _ = report(tmp_path)
+        page = (out / "report.html").read_text()
+        table = page[page.index("against dense") : page.index("</table>")]
+        return {row[0]: row[3] for row in (re.findall(r"<t[hd][^>]*>([^<]*)", r) for r in table.split("<tr>")[1:])}
+
+    assert overview() == {"IMP": "−1.00", "SNIP, ANN": ""}  # noqa: RUF001
+    write_run(root, "imp-ann", "laterewindlth", 1, [result(0, 96.0), result(8, 95.0)], **ann)
+    assert overview() == {"IMP": "−1.00", "IMP, ANN": "−1.00", "SNIP, ANN": "−2.00"}  # noqa: RUF001
+
+
 def test_few_sparsities_stand_for_many():
     quarter = [100 * (1 - 0.75**level) for level in range(15)]
     assert shown_columns(quarter) == [quarter[level] for level in (4, 8, 11, 13, 14)]  # the paper's, and the sparsest

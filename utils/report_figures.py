@@ -207,7 +207,7 @@ def _chosen(experiments: list[Experiment]) -> tuple[list[Experiment], str]:
         return experiments, ""
     plain: dict[str, Experiment] = {}
     for experiment in sorted(experiments, key=lambda e: not e.plain):
-        if experiment.settings.get("neuron") != "relu":
+        if not experiment.ann:
             plain.setdefault(experiment.label.split(", ")[0], experiment)
     kept = [experiment for experiment in experiments if experiment in plain.values()]
     return kept, f" Of {len(experiments)} experiments, one SNN of each method."
@@ -233,12 +233,17 @@ def _over_sparsity(axis, lines: list[Line], section: Section, label: bool = True
     _sparsity_axis(axis, columns, label)
 
 
-def _dense_line(axis, section: Section) -> bool:
-    if section.dense is None:
-        return False
-    accuracy = section.dense.spread("test_accuracy").mean
-    axis.axhline(accuracy, color="#777777", linewidth=0.8, linestyle=(0, (1, 1.5)), label="dense")
-    return True
+def _dense_lines(section: Section, experiments: list[Experiment]) -> dict[str, float]:
+    """Accuracy of the dense network, by label: of the SNN, of the ANN, or of both, as the experiments are."""
+    names = {False: "dense", True: "dense, ANN"}
+    dense = {names[ann]: section.dense(ann) for ann in sorted({experiment.ann for experiment in experiments})}
+    return {name: cell.spread("test_accuracy").mean for name, cell in dense.items() if cell is not None}
+
+
+def _draw_dense(axis, lines: dict[str, float]) -> None:
+    for name, accuracy in lines.items():
+        dash, colour = ((0, (1, 1.5)), "#777777") if name == "dense" else ((0, (5, 2)), "#aaaaaa")
+        axis.axhline(accuracy, color=colour, linewidth=0.8, linestyle=dash, label=name)
 
 
 # --- the figures -------------------------------------------------------------------------------------------------
@@ -250,9 +255,9 @@ def accuracy_and_sparsity(section: Section) -> Plot | None:
     lines = _lines_over_sparsity(section, chosen, lambda cell: cell.spread("test_accuracy"))
     if not lines:
         return None
-    extra = ["dense"] if section.dense else []
-    figure, (axis,), columns = _figure(1, [line.label for line in lines] + extra, height=2.1)
-    _dense_line(axis, section)
+    dense = _dense_lines(section, chosen)
+    figure, (axis,), columns = _figure(1, [*(line.label for line in lines), *dense], height=2.1)
+    _draw_dense(axis, dense)
     _over_sparsity(axis, lines, section)
     axis.set_ylabel("test accuracy (%)")
     _legend(figure, axis, columns)
@@ -296,7 +301,7 @@ def _varied(section: Section, flag: str, keep=lambda experiment: True) -> list[E
     return max(groups.values(), key=len, default=[])
 
 
-def _by_sparsity(section: Section, points: list[tuple[float, Cell]]) -> list[Line]:
+def _by_sparsity(points: list[tuple[float, Cell]]) -> list[Line]:
     """A line per sparsity through accuracies at other positions; few sparsities stand for many."""
     lines = []
     for column in shown_columns([cell.column for _, cell in points]):
@@ -309,17 +314,16 @@ def _by_sparsity(section: Section, points: list[tuple[float, Cell]]) -> list[Lin
 
 
 def _accuracy_over(
-    section: Section, lines: list[Line], label: str, name: str, title: str, text: str, whole: bool = True
+    section: Section, group: list[Experiment], lines: list[Line], label: str, name: str, title: str, text: str
 ) -> Plot | None:
     if len({x for line in lines for x, _ in line.points}) < 2:
         return None
-    extra = ["dense"] if section.dense else []
-    figure, (axis,), columns = _figure(1, [line.label for line in lines] + extra)
-    _dense_line(axis, section)
+    dense = _dense_lines(section, group)
+    figure, (axis,), columns = _figure(1, [*(line.label for line in lines), *dense])
+    _draw_dense(axis, dense)
     for line in lines:
         _plot(axis, line)
-    if whole:
-        _integers(axis)
+    _integers(axis)
     axis.set_xlabel(label)
     axis.set_ylabel("test accuracy (%)")
     _legend(figure, axis, columns)
@@ -331,7 +335,7 @@ def accuracy_and_rewind_epoch(section: Section) -> Plot | None:
     group = _varied(section, "rewinding_epoch")
     points = [(e.settings["rewinding_epoch"], cell) for e in group for cell in e.cells]
     return _accuracy_over(
-        section, _by_sparsity(section, points), "rewind epoch", "accuracy-rewind", "Accuracy against rewind epoch",
+        section, group, _by_sparsity(points), "rewind epoch", "accuracy-rewind", "Accuracy against rewind epoch",
         "Accuracy of IMP's tickets over the epoch that their weights are taken from (paper: Fig. 7a).",
     )  # fmt: skip
 
@@ -341,10 +345,10 @@ def accuracy_and_early_time(section: Section) -> Plot | None:
     group = _varied(section, "early_time_threshold")
     if not group:
         return None
-    lines = _by_sparsity(section, accuracy_by_early_time(section, group))
+    lines = _by_sparsity(accuracy_by_early_time(section, group))
     name = group[0].label.split(",")[0]
     return _accuracy_over(
-        section, lines, "timesteps of the search, T_early", "accuracy-early-time", "Accuracy against T_early",
+        section, group, lines, "timesteps of the search, T_early", "accuracy-early-time", "Accuracy against T_early",
         f"Accuracy of tickets of {name} over the timesteps they were searched with, the base method at T; a round "
         "counts once at each (paper: Fig. 8c).",
     )  # fmt: skip
@@ -368,7 +372,7 @@ def accuracy_and_search_timestep(section: Section) -> Plot | None:
     group = _varied(section, "search_timestep", lambda e: e.method == "oneshot-magnitude")
     points = [(e.settings["search_timestep"] or e.runs[0].args["timestep"], cell) for e in group for cell in e.cells]
     return _accuracy_over(
-        section, _by_sparsity(section, points), "timesteps before the pruning, T_pre", "accuracy-t-pre",
+        section, group, _by_sparsity(points), "timesteps before the pruning, T_pre", "accuracy-t-pre",
         "Accuracy against T_pre",
         "Accuracy at T of one-shot magnitude tickets over the timesteps of the dense training before (paper: Fig. 4).",
     )  # fmt: skip
@@ -586,7 +590,7 @@ def early_time_by_threshold(section: Section) -> list[tuple[float, Spread]]:
 
 def _measures_kl(experiment: Experiment) -> bool:
     """Whether an experiment's divergences are the paper's, of an SNN; an ANN's say nothing about time."""
-    return experiment.settings.get("divergence", "kl") == "kl" and experiment.settings.get("neuron") != "relu"
+    return experiment.settings.get("divergence", "kl") == "kl" and not experiment.ann
 
 
 def chosen_timesteps(divergences: list[float], threshold: float) -> int:

@@ -12,8 +12,8 @@ from .report_tables import (
     Table,
     accuracy_of,
     count,
+    dense_note,
     duration,
-    measured,
     percent,
     remarks,
     signed,
@@ -134,13 +134,13 @@ def _overview(section: Section) -> Table:
         cell = experiment.cells[-1]
         accuracy, seconds = cell.spread("test_accuracy"), cell.spread("search_seconds")
         row = [[experiment.label], [percent(cell.column)], [with_n(accuracy_of(cell), accuracy)]]
-        change = accuracy.mean - section.dense.spread("test_accuracy").mean if section.dense else None
-        row.append([signed(change)] if change is not None and cell is not section.dense else [])
+        dense = section.dense(experiment.ann)
+        there = dense is not None and cell is not dense
+        row.append([signed(accuracy.mean - dense.spread("test_accuracy").mean)] if there else [])
         row.append([_cost(experiment, cell.spread("search_timestep_epochs"), seconds)])
         rows.append(row)
     head = ["method", "sparsest ticket", "its accuracy (%)", "against dense", "its search"]
-    dense = section.dense.spread("test_accuracy") if section.dense else None
-    notes = [f"Dense network: {with_n(f'{measured(dense)} %', dense)}."] if dense else []
+    notes = dense_note(section)
     notes += silent_note([experiment.cells[-1] for experiment in section.experiments if experiment.cells])
     return Table("Sparsest tickets", head, rows, notes)
 

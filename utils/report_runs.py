@@ -138,6 +138,10 @@ class Experiment:
     cells: list[Cell]  # by sparsity
 
     @property
+    def ann(self) -> bool:
+        return self.settings.get("neuron") == "relu"
+
+    @property
     def searches(self) -> bool:
         """Whether the run itself found its ticket."""
         return not self.method.startswith("oneshot-transfer")
@@ -169,10 +173,9 @@ class Section:
         """Sparsities in %, the dense network's 0 among them."""
         return sorted({cell.column for experiment in self.experiments for cell in experiment.cells})
 
-    @property
-    def dense(self) -> Cell | None:
-        """The dense network: IMP before its first pruning."""
-        imp = [e for e in self.experiments if e.method == "laterewindlth" and e.settings.get("neuron") != "relu"]
+    def dense(self, ann: bool = False) -> Cell | None:
+        """The dense network, of the SNN or of the ANN: IMP before its first pruning."""
+        imp = [e for e in self.experiments if e.method == "laterewindlth" and e.ann == ann]
         cells = [cell for experiment in imp for cell in experiment.cells if cell.level == 0]
         return max(cells, key=lambda cell: len(cell.rows), default=None)
 
@@ -422,7 +425,7 @@ def unlike_paper(experiment: Experiment, section: Section) -> dict[str, str]:
     paper = PAPER_SETTING | ({"end_iter": epochs} if epochs else {})
     ours = section.size | experiment.settings
     ours = {flag: value for flag, value in ours.items() if spoken(flag, value) not in experiment.label.split(", ")}
-    if experiment.settings.get("neuron") == "relu":
+    if experiment.ann:
         ours.pop("neuron", None)
     return {
         flag: f"{SPOKEN.get(flag, flag.replace('_', ' '))} {_or_all(ours[flag])} (paper: {_or_all(value)})"

@@ -231,9 +231,7 @@ def table_1(section: Section, paper: dict) -> Table | None:
             change = _change(experiment, base, section, columns, paper)
             rows += [change] if any(change[1:]) else []
     notes = []
-    if section.dense is not None:
-        dense = section.dense.spread("test_accuracy")
-        notes.append(f"Dense network (IMP before its first pruning): {with_n(f'{measured(dense)} %', dense)}.")
+    notes += dense_note(section)
     left_out = len([column for column in section.columns if column > 0]) - len(columns)
     if left_out:
         notes.append(f"{left_out} more sparsities are in the list of every ticket and in tables.csv.")
@@ -252,6 +250,14 @@ def table_1(section: Section, paper: dict) -> Table | None:
     head = ["method", *map(percent, columns), *map(percent, columns)]
     groups = (("", 1), ("accuracy (%)", len(columns)), ("search for the ticket", len(columns)))
     return Table("Table 1", head, rows, notes, groups)
+
+
+def dense_note(section: Section) -> list[str]:
+    """Accuracy of the dense SNN and of the dense ANN, if they were run."""
+    dense = {"SNN": section.dense(), "ANN": section.dense(ann=True)}
+    accuracies = {name: cell.spread("test_accuracy") for name, cell in dense.items() if cell is not None}
+    written = [f"{name} {with_n(f'{measured(value)} %', value)}" for name, value in accuracies.items()]
+    return [f"Dense network (IMP before its first pruning): {', '.join(written)}."] if written else []
 
 
 def _accuracy(experiment: Experiment, section: Section, column: float, paper: dict) -> list[str]:
