@@ -593,6 +593,27 @@ def test_dense_is_of_the_same_neuron(tmp_path):
     assert overview() == {"IMP": "−1.00", "IMP, ANN": "−1.00", "SNIP, ANN": "−2.00"}  # noqa: RUF001
 
 
+def test_table_1_holds_the_plain_experiment_of_each_method(tmp_path):
+    write_everything(tmp_path / "runs")
+    (section,) = sections_of(read_runs(tmp_path / "runs")[0])
+    names = [row[0][0] for row in table_1(section, paper_table()).rows]
+    assert [name for name in names if not name.startswith("Δ")] == [
+        "IMP", "IMP + ET", "EB", "EB + ET", "magnitude", "SNIP", "random",
+    ]  # fmt: skip
+    notes = " ".join(table_1(section, paper_table()).notes)
+    listed = {row[0][0] for row in every_ticket(section).rows}
+    assert f"{len(listed) - 7} more experiments" in notes
+    assert {"IMP, local", "IMP, rewind epoch 0", "SNIP, ANN", "IMP, local transfer"} < listed
+
+
+def test_a_method_without_a_plain_experiment_is_in_table_1_too(tmp_path):
+    root = tmp_path / "runs"
+    write_run(root, "imp", "laterewindlth", 1, [result(8, 90.0)])
+    write_run(root, "eb", "earlybird", 1, [result(8, 90.0)], sparsity_round=8, weight_decay=0.1)
+    (section,) = sections_of(read_runs(root)[0])
+    assert [row[0][0] for row in table_1(section, paper_table()).rows] == ["IMP", "EB, weight decay 0.1"]
+
+
 def test_few_sparsities_stand_for_many():
     quarter = [100 * (1 - 0.75**level) for level in range(15)]
     assert shown_columns(quarter) == [quarter[level] for level in (4, 8, 11, 13, 14)]  # the paper's, and the sparsest

@@ -9,6 +9,7 @@ from pathlib import Path
 from .flags import uses_early_bird
 from .report_runs import (
     COSTS,
+    NAMES,
     PAPER_SETTING,
     Cell,
     Experiment,
@@ -215,9 +216,13 @@ def factor(value: Spread) -> str:
 
 
 def table_1(section: Section, paper: dict) -> Table | None:
-    """Table 1 of the paper: methods as rows, sparsities as columns; accuracy on the left, the search on the right."""
-    columns = shown_columns(columns_of(section.experiments))
-    experiments = [e for e in section.experiments if any(e.at(column) for column in columns)]
+    """Table 1 of the paper: methods as rows, sparsities as columns; accuracy on the left, the search on the right.
+
+    Variants of a method, controls, transferred tickets and ANNs are left to the list of every ticket.
+    """
+    plain = plain_experiments(section)
+    columns = shown_columns(columns_of(plain))
+    experiments = [e for e in plain if any(e.at(column) for column in columns)]
     if not experiments:
         return None
     rows = []
@@ -232,9 +237,16 @@ def table_1(section: Section, paper: dict) -> Table | None:
             rows += [change] if any(change[1:]) else []
     notes = []
     notes += dense_note(section)
-    left_out = len([column for column in section.columns if column > 0]) - len(columns)
+    left_out = [
+        f"{n} more {name}"
+        for n, name in (
+            (len([e for e in section.experiments if e.cells and e not in experiments]), "experiments"),
+            (len([column for column in section.columns if column > 0 and column not in columns]), "sparsities"),
+        )
+        if n
+    ]
     if left_out:
-        notes.append(f"{left_out} more sparsities are in the list of every ticket and in tables.csv.")
+        notes.append(f"In the list of every ticket and in tables.csv: {', '.join(left_out)}.")
     notes.append(
         "Accuracy in % after the last epoch, mean ± sample standard deviation over rounds. Search: training time spent "
         "to find the ticket, its own training excluded, and the same in epochs x timesteps. Sparsity is of the "
@@ -250,6 +262,15 @@ def table_1(section: Section, paper: dict) -> Table | None:
     head = ["method", *map(percent, columns), *map(percent, columns)]
     groups = (("", 1), ("accuracy (%)", len(columns)), ("search for the ticket", len(columns)))
     return Table("Table 1", head, rows, notes, groups)
+
+
+def plain_experiments(section: Section) -> list[Experiment]:
+    """One SNN experiment for each method of the paper that prunes: the plainest with a sparse ticket."""
+    plain: dict[str, Experiment] = {}
+    for experiment in sorted(section.experiments, key=lambda e: not e.plain):
+        if experiment.method in NAMES and not experiment.ann and any(cell.column > 0 for cell in experiment.cells):
+            plain.setdefault(experiment.method, experiment)
+    return [experiment for experiment in section.experiments if experiment in plain.values()]
 
 
 def dense_note(section: Section) -> list[str]:
