@@ -17,10 +17,12 @@ from utils.report_figures import (
     accuracy_and_early_time,
     accuracy_by_early_time,
     chosen_timesteps,
+    controls,
     divergence_over_epochs,
     divergences_at_t,
     early_time_and_threshold,
     early_time_by_threshold,
+    transfer,
 )
 from utils.report_runs import read_runs, sections_of
 from utils.report_tables import every_ticket, markdown, paper_table, remarks, shown_columns, table_1, tables_csv
@@ -366,11 +368,13 @@ def write_everything(root):
     write_run(root, "rewind", "laterewindlth", 1, imp, rewinding_epoch=0)
     place = "cifar10-vgg16-round1/tickets/level_08.safetensors"
     write_run(root, "t", "oneshot-transfer", 1, [result(8, 80.0)], ticket=f"runs/local/{place}", control="none")
+    more = {"ticket": f"runs/eb-8/{place}", "control": "shuffle"}
+    write_run(root, "s", "oneshot-transfer-shuffle", 1, [result(8, 70.0)], **more)
 
 
 FIGURES = {
     "accuracy-sparsity", "search-sparsity", "accuracy-rewind", "global-local", "layer-sparsity", "settling",
-    "divergence", "accuracy-early-time", "accuracy-t-pre", "transfer", "snip-random", "spikes-sparsity",
+    "divergence", "accuracy-early-time", "accuracy-t-pre", "transfer", "controls", "snip-random", "spikes-sparsity",
     "firing-rates", "learning-curves",
 }  # fmt: skip
 
@@ -612,6 +616,36 @@ def test_a_method_without_a_plain_experiment_is_in_table_1_too(tmp_path):
     write_run(root, "eb", "earlybird", 1, [result(8, 90.0)], sparsity_round=8, weight_decay=0.1)
     (section,) = sections_of(read_runs(root)[0])
     assert [row[0][0] for row in table_1(section, paper_table()).rows] == ["IMP", "EB, weight decay 0.1"]
+
+
+def test_controls_stand_beside_the_tickets_that_they_control(tmp_path):
+    root = tmp_path / "runs"
+    ann = {"neuron": "relu", "timestep": 1}
+    write_run(root, "imp", "laterewindlth", 1, [result(8, 90.0)])
+    write_run(root, "imp-ann", "laterewindlth", 1, [result(8, 90.0)], **ann)
+    write_run(root, "local", "laterewindlth", 1, [result(8, 90.0)], pruning_scope="local")
+    write_run(root, "eb", "earlybird", 1, [result(8, 90.0)], sparsity_round=8)
+    (section,) = sections_of(read_runs(root)[0])
+    assert controls(section) is None
+    place = "cifar10-vgg16-round1/tickets/level_08.safetensors"
+    for name in ("local", "imp-ann"):
+        more = {"ticket": f"runs/{name}/{place}", "control": "shuffle"}
+        write_run(root, f"s-{name}", "oneshot-transfer-shuffle", 1, [result(8, 80.0)], **more)
+    more = {"ticket": f"runs/imp-ann/{place}", "control": "none"}
+    write_run(root, "t", "oneshot-transfer", 1, [result(8, 80.0)], **more)
+    for name, more in (("random", {}), ("random-reinit", {"control": "reinit"})):
+        write_run(root, name, f"oneshot-{name}", 1, [result(8, 60.0)], ticket="random", sparsity_round=8, **more)
+    (section,) = sections_of(read_runs(root)[0])
+
+    axes = {"test accuracy (%)", "sparsity (% of the prunable weights)"}
+
+    def legend(plot):
+        return set(re.findall(r"<!-- ([A-Za-z][^>]*) -->", plot.svg)) - axes
+
+    assert legend(controls(section)) == {
+        "IMP, local", "IMP, local shuffle", "IMP, ANN", "IMP (ANN) shuffle", "random", "random reinit",
+    }  # fmt: skip
+    assert legend(transfer(section)) == {"IMP", "IMP, ANN", "IMP (ANN) transfer"}
 
 
 def test_few_sparsities_stand_for_many():

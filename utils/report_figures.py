@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from .flags import uses_early_bird, uses_early_time, uses_rewinding
-from .report_runs import NAMES, Cell, Experiment, Found, Section, Spread, base_of, spread
+from .report_runs import CONTROLS, NAMES, Cell, Experiment, Found, Section, Spread, base_of, source_of, spread
 from .report_tables import shown_columns
 
 INCHES = 3.3  # width of a column
@@ -65,7 +65,7 @@ def _of_section(section: Section) -> Iterator[Plot]:
     figures = (
         accuracy_and_sparsity, search_and_sparsity, accuracy_and_rewind_epoch, global_and_local, layer_sparsity,
         settling, divergence_over_epochs, accuracy_and_early_time, accuracy_and_search_timestep, transfer,
-        snip_and_random, spikes_and_sparsity, firing_rates, learning_curves,
+        controls, snip_and_random, spikes_and_sparsity, firing_rates, learning_curves,
     )  # fmt: skip
     for figure in figures:
         plot = figure(section)
@@ -424,21 +424,35 @@ def _over_layers(section: Section, field: str, label: str, name: str, title: str
     return _finish(figure, section, name, title, f"{caption} {_behind(lines)}")
 
 
-def transfer(section: Section) -> Plot | None:
-    """Fig. 9: tickets found elsewhere, such as in the ANN, beside those that IMP found in the SNN and in the ANN."""
-    moved = [e for e in section.experiments if e.method.startswith("oneshot-transfer") and e.cells]
-    own = [e for e in section.experiments if e.label in ("IMP", "IMP, ANN") and e.cells]
-    if not moved:
-        return None
-    lines = _lines_over_sparsity(section, own + moved, lambda cell: cell.spread("test_accuracy"))
+def _beside(section: Section, own: list[Experiment], others: list[Experiment], name: str, title: str, text: str):
+    """Accuracy over sparsity of experiments beside those that they are to be compared with."""
+    lines = _lines_over_sparsity(section, own + others, lambda cell: cell.spread("test_accuracy"))
     figure, (axis,), columns = _figure(1, [line.label for line in lines])
     _over_sparsity(axis, lines, section)
     axis.set_ylabel("test accuracy (%)")
     _legend(figure, axis, columns)
-    caption = (
-        f"Tickets that another run found, and what is left of them under a control (paper: Fig. 9). {_behind(lines)}"
-    )
-    return _finish(figure, section, "transfer", "Transferred tickets", caption)
+    return _finish(figure, section, name, title, f"{text} {_behind(lines)}")
+
+
+def transfer(section: Section) -> Plot | None:
+    """Fig. 9: tickets found elsewhere, such as in the ANN, beside those that IMP found in the SNN and in the ANN."""
+    moved = [e for e in section.experiments if e.method == "oneshot-transfer" and e.cells]
+    own = [e for e in section.experiments if e.label in ("IMP", "IMP, ANN") and e.cells]
+    if not moved:
+        return None
+    text = "Tickets that another run found (paper: Fig. 9)."
+    return _beside(section, own, moved, "transfer", "Transferred tickets", text)
+
+
+def controls(section: Section) -> Plot | None:
+    """What is left of a ticket without its positions (shuffle) or its weights (reinit), beside the ticket itself."""
+    controlled = [e for e in section.experiments if e.method.endswith(CONTROLS) and e.cells]
+    if not controlled:
+        return None
+    sources = {source_of(experiment) for experiment in controlled}
+    own = [e for e in section.experiments if e.label in sources and e.cells]
+    text = "Tickets with their positions shuffled in each layer or their weights drawn anew, beside the tickets."
+    return _beside(section, own, controlled, "controls", "Controls", text)
 
 
 def layer_sparsity(section: Section) -> Plot | None:

@@ -22,6 +22,7 @@ NAMES = {
     "laterewindlth": "IMP", "earlyT_laterewindlth": "IMP + ET", "earlybird": "EB", "earlyT_earlybird": "EB + ET",
     "oneshot-magnitude": "magnitude", "oneshot-snip": "SNIP", "oneshot-random": "random",
 }  # fmt: skip
+CONTROLS = ("-shuffle", "-reinit")  # ends of a method's name
 SIZE = ("dataset", "arch", "width", "train_samples", "test_samples", "end_iter")  # runs of one size share a table
 PLACE = ("round", "output_dir", "exp_name", "data_dir", "device", "tensorboard", "restart")
 CIRCUMSTANCES = ("effective_seed", "versions", "device_name", "threads", "git_commit")
@@ -417,6 +418,12 @@ def base_of(experiment: Experiment, section: Section) -> Experiment | None:
         if other.method == method and same:
             return other
     return None
+
+
+def source_of(control: Experiment) -> str:
+    """Label of the experiment whose tickets a control (a method that ends with one of CONTROLS) starts from."""
+    source, _, more = control.label.partition(f" {control.method.rsplit('-', 1)[1]}")
+    return source.replace(" (ANN)", ", ANN") if control.method.startswith("oneshot-transfer") else source + more
 
 
 def unlike_paper(experiment: Experiment, section: Section) -> dict[str, str]:
