@@ -237,14 +237,10 @@ def table_1(section: Section, paper: dict) -> Table | None:
             rows += [change] if any(change[1:]) else []
     notes = []
     notes += dense_note(section)
-    left_out = [
-        f"{n} more {name}"
-        for n, name in (
-            (len([e for e in section.experiments if e.cells and e not in experiments]), "experiments"),
-            (len([column for column in section.columns if column > 0 and column not in columns]), "sparsities"),
-        )
-        if n
-    ]
+    others = len([e for e in section.experiments if e.cells and e not in experiments])
+    further = len([column for column in section.columns if column > 0 and column not in columns])
+    left_out = [f"{others} more experiment{'s' * (others > 1)}"] if others else []
+    left_out += [f"{further} more {'sparsities' if further > 1 else 'sparsity'}"] if further else []
     if left_out:
         notes.append(f"In the list of every ticket and in tables.csv: {', '.join(left_out)}.")
     notes.append(
