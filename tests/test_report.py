@@ -614,6 +614,8 @@ def test_a_method_without_a_plain_experiment_is_in_table_1_too(tmp_path):
     root = tmp_path / "runs"
     write_run(root, "imp", "laterewindlth", 1, [result(8, 90.0)])
     write_run(root, "eb", "earlybird", 1, [result(8, 90.0)], sparsity_round=8, weight_decay=0.1)
+    ann = {"neuron": "relu", "timestep": 1, "ticket": "snip", "sparsity_round": 8}
+    write_run(root, "snip", "oneshot-snip", 1, [result(8, 90.0)], **ann)  # an ANN alone is not
     (section,) = sections_of(read_runs(root)[0])
     assert [row[0][0] for row in table_1(section, paper_table()).rows] == ["IMP", "EB, weight decay 0.1"]
 
