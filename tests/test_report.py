@@ -13,9 +13,19 @@ from conftest import ROOT
 from PIL import Image
 
 from report import main
-from utils.report_figures import chosen_timesteps
+from utils.report_figures import (
+    accuracy_and_early_time,
+    accuracy_by_early_time,
+    chosen_timesteps,
+    controls,
+    divergence_over_epochs,
+    divergences_at_t,
+    early_time_and_threshold,
+    early_time_by_threshold,
+    transfer,
+)
 from utils.report_runs import read_runs, sections_of
-from utils.report_tables import markdown, paper_table, shown_columns, table_1, tables_csv
+from utils.report_tables import every_ticket, markdown, paper_table, remarks, shown_columns, table_1, tables_csv
 
 FLAGS = {
     "dataset": "cifar10", "arch": "vgg16", "width": 1.0, "train_samples": None, "test_samples": None, "neuron": "lif",
@@ -129,8 +139,39 @@ def test_change_and_speed_gain_of_early_time(tmp_path):
         assert float(row["timestep_epochs_gain"]) == pytest.approx(5 / 3, rel=1e-5)
         assert rows["IMP", level]["delta_accuracy"] == ""
     text = (out / "tables.md").read_text()
-    assert "×1.50 (n=3)" in text  # noqa: RUF001
-    assert "−0.35 (n=3)" in text  # noqa: RUF001
+    assert "×1.50 ± 0.00 (n=3)" in text  # noqa: RUF001
+    assert "−0.35 ± 0.00 (n=3)" in text  # noqa: RUF001
+
+
+def test_change_of_early_time_is_of_the_rounds_that_both_have(tmp_path):
+    root = tmp_path / "runs"
+    base = {1: (90.0, 100.0), 2: (91.0, 120.0), 3: (80.0, 900.0)}  # accuracy, seconds
+    early = {1: (89.0, 80.0), 2: (91.5, 60.0), 4: (20.0, 1.0)}
+    for name, method, values in (("a", "earlybird", base), ("b", "earlyT_earlybird", early)):
+        for round, (accuracy, seconds) in values.items():
+            write_run(root, name, method, round, [result(8, accuracy, seconds)], sparsity_round=8)
+    row = numbers(tmp_path)["EB + ET", 8]
+    deltas, speeds = np.array([-1.0, 0.5]), np.array([100 / 80, 120 / 60])
+    assert float(row["delta_accuracy"]) == pytest.approx(deltas.mean())
+    assert float(row["delta_accuracy_std"]) == pytest.approx(deltas.std(ddof=1), rel=1e-5)
+    assert float(row["speed_gain"]) == pytest.approx(speeds.mean())
+    assert float(row["speed_gain_std"]) == pytest.approx(speeds.std(ddof=1), rel=1e-5)
+    (section,) = sections_of(read_runs(root)[0])
+    text = markdown(table_1(section, paper_table()))
+    assert "−0.25 ± 1.06 (n=2)" in text  # noqa: RUF001
+    assert "×1.62 ± 0.53 (n=2)" in text  # noqa: RUF001
+
+
+def test_change_of_early_time_without_common_rounds_is_of_the_means(tmp_path):
+    for name, method, rounds in (("a", "earlybird", (1, 2)), ("b", "earlyT_earlybird", (3,))):
+        for round in rounds:
+            rows = [result(8, 90.0 + round, 100.0 * round)]
+            write_run(tmp_path / "runs", name, method, round, rows, sparsity_round=8)
+    row = numbers(tmp_path)["EB + ET", 8]
+    assert (row["delta_accuracy"], row["delta_accuracy_std"]) == ("1.5", "")
+    assert (row["speed_gain"], row["speed_gain_std"], row["base_n"]) == ("0.5", "", "2")
+    (section,) = sections_of(read_runs(tmp_path / "runs")[0])
+    assert "+1.50 (n=1, base n=2)" in markdown(table_1(section, paper_table()))
 
 
 def test_early_time_is_compared_with_the_same_settings_only(tmp_path):
@@ -327,11 +368,13 @@ def write_everything(root):
     write_run(root, "rewind", "laterewindlth", 1, imp, rewinding_epoch=0)
     place = "cifar10-vgg16-round1/tickets/level_08.safetensors"
     write_run(root, "t", "oneshot-transfer", 1, [result(8, 80.0)], ticket=f"runs/local/{place}", control="none")
+    more = {"ticket": f"runs/eb-8/{place}", "control": "shuffle"}
+    write_run(root, "s", "oneshot-transfer-shuffle", 1, [result(8, 70.0)], **more)
 
 
 FIGURES = {
     "accuracy-sparsity", "search-sparsity", "accuracy-rewind", "global-local", "layer-sparsity", "settling",
-    "divergence", "accuracy-early-time", "accuracy-t-pre", "transfer", "snip-random", "spikes-sparsity",
+    "divergence", "accuracy-early-time", "accuracy-t-pre", "transfer", "controls", "snip-random", "spikes-sparsity",
     "firing-rates", "learning-curves",
 }  # fmt: skip
 
@@ -442,13 +485,198 @@ def test_timesteps_that_a_threshold_chooses():
     ]
 
 
+def test_a_round_decides_once_on_each_threshold(tmp_path):
+    root = tmp_path / "runs"
+
+    def write(name, round, divergences, **flags):
+        rows = epochs("search", 0, 2, divergences=[1.0, 0.9, 0.9])
+        rows[1] |= {"early_time": 3, "divergences": divergences}
+        write_run(root, name, "earlyT_earlybird", round, [result(8, 90.0)], rows, sparsity_round=8, **flags)
+
+    write("a-js", 1, [1.0, 0.1, 0.1], divergence="js")
+    write("b-decay", 1, [1.0, 0.9, 0.1], weight_decay=0.1)
+    write("c", 1, [1.0, 0.5, 0.1])
+    write("c", 2, [1.0, 0.8, 0.1])
+    write("d-js", 3, [1.0, 0.1, 0.1], divergence="js")
+    (section,) = sections_of(read_runs(root)[0])
+    points = dict(early_time_by_threshold(section))
+    assert {value.n for value in points.values()} == {2}
+    assert points[0.6].mean == statistics.mean([3, 4])  # of [1, 0.5, 0.1] and [1, 0.8, 0.1]
+    assert points[0.3].mean == 4
+    assert "n = 2;" in early_time_and_threshold([section]).caption
+
+
+def test_a_round_counts_once_at_each_number_of_timesteps(tmp_path):
+    root = tmp_path / "runs"
+    for round, accuracy in ACCURACY.items():
+        write_run(root, "eb", "earlybird", round, [result(8, accuracy)], sparsity_round=8)
+        # two thresholds choose 3 timesteps, and one keeps all 5
+        for threshold, timesteps, less in ((0.5, 3, 9), (0.6, 3, 1), (0, 5, 7), (1.01, 2, 5)):
+            rows = [result(8, accuracy - less, timesteps=timesteps)]
+            more = {"sparsity_round": 8, "early_time_threshold": threshold}
+            write_run(root, f"ebet-{threshold}", "earlyT_earlybird", round, rows, **more)
+    (section,) = sections_of(read_runs(root)[0])
+    group = [experiment for experiment in section.experiments if experiment.method == "earlyT_earlybird"]
+    found = {}
+    for timesteps, cell in accuracy_by_early_time(section, group):
+        found.setdefault(timesteps, []).append(cell.rows[0]["test_accuracy"])
+    values = list(ACCURACY.values())
+    assert found == {5: values, 3: [value - 1 for value in values], 2: [value - 5 for value in values]}
+    assert "n = 3;" in accuracy_and_early_time(section).caption
+
+
+def test_divergences_are_of_a_network_trained_at_t(tmp_path):
+    root = tmp_path / "runs"
+    for round in (1, 2):
+        rows = epochs("search", 0, 6, divergences=[1.0, {1: 0.3, 2: 0.4}[round]])
+        for row in rows[2:]:
+            row["timesteps"] = 3  # chosen in the second epoch
+        write_run(root, "et", "earlyT_laterewindlth", round, [result(8, 90.0)], rows)
+    rows = epochs("search", 0, 6, divergences=[1.0, 0.9])
+    write_run(root, "js", "earlyT_laterewindlth", 3, [result(8, 90.0)], rows, divergence="js")
+    (section,) = sections_of(read_runs(root)[0])
+    experiment, values = divergences_at_t(section)
+    assert experiment.label == "IMP + ET"
+    assert values == {(t, e): {1: v, 2: w} for t, v, w in ((2, 1.0, 1.0), (3, 0.3, 0.4)) for e in (0, 1)}
+    assert "After the deciding epoch the network was trained at T_early" in divergence_over_epochs(section).caption
+    rows = epochs("search", 0, 2, divergences=[1.0, 0.7])
+    write_run(root, "et-0", "earlyT_laterewindlth", 1, [result(8, 90.0)], rows, early_time_threshold=0)
+    (section,) = sections_of(read_runs(root)[0])
+    experiment, values = divergences_at_t(section)
+    assert experiment.label == "IMP + ET, λ 0"
+    assert values[3, 1] == {1: 0.7}
+    assert "T_early" not in divergence_over_epochs(section).caption
+
+
+def test_accuracies_of_silent_networks_are_marked(tmp_path):
+    root = tmp_path / "runs"
+    for round, rates in ((1, {"a": 0.1, "b": 0.0}), (2, {"a": 0.1, "b": 0.2})):
+        write_run(root, "eb", "earlybird", round, [result(8, 10.0, firing_rates=rates)], sparsity_round=8)
+    rows = [result(8, 85.0, firing_rates={"a": 1e-9, "b": 0.2})]
+    write_run(root, "ebet", "earlyT_earlybird", 1, rows, sparsity_round=8)
+    (section,) = sections_of(read_runs(root)[0])
+    for table in (table_1(section, paper_table()), every_ticket(section)):
+        text = " ".join(line for row in table.rows for cell in row for line in cell)
+        assert "10.00 ± 0.00†" in text
+        assert text.count("†") == 1
+        (note,) = [note for note in table.notes if "†" in note]
+        assert "(here: b)" in note
+    (line,) = [line for line in remarks(section) if line.startswith("Silent")]
+    assert line == "Silent on all test images: EB at 89.99 % (b in 1 of 2 rounds)."
+
+
+def test_early_bird_that_settles_by_arithmetic_is_named(tmp_path):
+    root = tmp_path / "runs"
+    for level, sparsity in ((4, 95.0), (8, 97.6), (9, 99.0)):  # masks differ in 10, 4.8 and 2 % at most
+        for method in ("earlybird", "earlyT_earlybird", "laterewindlth"):
+            more = {"sparsity_round": level, "eb_tolerance": 0.05, "eb_window": 3}
+            rows = [result(level, 90.0, sparsity=sparsity)]
+            write_run(root, f"{method}-{level}", method, 1, rows, **more)
+            if method == "earlybird":
+                write_run(root, f"j-{level}", method, 1, rows, eb_distance="jaccard", **more)
+                write_run(root, f"t-{level}", method, 1, rows, **more | {"eb_tolerance": 0.02})
+    (section,) = sections_of(read_runs(root)[0])
+    (line,) = [line for line in remarks(section) if "2 (1 - s)" in line]
+    assert line.endswith(": EB, tolerance 0.05 at 97.60 %, 99.00 %; EB + ET, tolerance 0.05 at 97.60 %, 99.00 %.")
+
+
+def test_dense_is_of_the_same_neuron(tmp_path):
+    root = tmp_path / "runs"
+    write_run(root, "imp", "laterewindlth", 1, [result(0, 93.0), result(8, 92.0)])
+    ann = {"neuron": "relu", "timestep": 1}
+    write_run(root, "snip-ann", "oneshot-snip", 1, [result(8, 94.0)], ticket="snip", sparsity_round=8, **ann)
+
+    def overview():
+        out, _ = report(tmp_path)
+        page = (out / "report.html").read_text()
+        table = page[page.index("against dense") : page.index("</table>")]
+        return {row[0]: row[3] for row in (re.findall(r"<t[hd][^>]*>([^<]*)", r) for r in table.split("<tr>")[1:])}
+
+    assert overview() == {"IMP": "−1.00", "SNIP, ANN": ""}  # noqa: RUF001
+    write_run(root, "imp-ann", "laterewindlth", 1, [result(0, 96.0), result(8, 95.0)], **ann)
+    assert overview() == {"IMP": "−1.00", "IMP, ANN": "−1.00", "SNIP, ANN": "−2.00"}  # noqa: RUF001
+
+
+def test_table_1_holds_the_plain_experiment_of_each_method(tmp_path):
+    write_everything(tmp_path / "runs")
+    (section,) = sections_of(read_runs(tmp_path / "runs")[0])
+    names = [row[0][0] for row in table_1(section, paper_table()).rows]
+    assert [name for name in names if not name.startswith("Δ")] == [
+        "IMP", "IMP + ET", "EB", "EB + ET", "magnitude", "SNIP", "random",
+    ]  # fmt: skip
+    notes = " ".join(table_1(section, paper_table()).notes)
+    listed = {row[0][0] for row in every_ticket(section).rows}
+    assert f"{len(listed) - 7} more experiments" in notes
+    assert {"IMP, local", "IMP, rewind epoch 0", "SNIP, ANN", "IMP, local transfer"} < listed
+
+
+def test_a_method_without_a_plain_experiment_is_in_table_1_too(tmp_path):
+    root = tmp_path / "runs"
+    write_run(root, "imp", "laterewindlth", 1, [result(8, 90.0)])
+    write_run(root, "eb", "earlybird", 1, [result(8, 90.0)], sparsity_round=8, weight_decay=0.1)
+    ann = {"neuron": "relu", "timestep": 1, "ticket": "snip", "sparsity_round": 8}
+    write_run(root, "snip", "oneshot-snip", 1, [result(8, 90.0)], **ann)  # an ANN alone is not
+    (section,) = sections_of(read_runs(root)[0])
+    assert [row[0][0] for row in table_1(section, paper_table()).rows] == ["IMP", "EB, weight decay 0.1"]
+
+
+def test_controls_stand_beside_the_tickets_that_they_control(tmp_path):
+    root = tmp_path / "runs"
+    ann = {"neuron": "relu", "timestep": 1}
+    write_run(root, "imp", "laterewindlth", 1, [result(8, 90.0)])
+    write_run(root, "imp-ann", "laterewindlth", 1, [result(8, 90.0)], **ann)
+    write_run(root, "local", "laterewindlth", 1, [result(8, 90.0)], pruning_scope="local")
+    write_run(root, "eb", "earlybird", 1, [result(8, 90.0)], sparsity_round=8)
+    (section,) = sections_of(read_runs(root)[0])
+    assert controls(section) is None
+    place = "cifar10-vgg16-round1/tickets/level_08.safetensors"
+    for name in ("local", "imp-ann"):
+        more = {"ticket": f"runs/{name}/{place}", "control": "shuffle"}
+        write_run(root, f"s-{name}", "oneshot-transfer-shuffle", 1, [result(8, 80.0)], **more)
+    more = {"ticket": f"runs/imp-ann/{place}", "control": "none"}
+    write_run(root, "t", "oneshot-transfer", 1, [result(8, 80.0)], **more)
+    for name, more in (("random", {}), ("random-reinit", {"control": "reinit"})):
+        write_run(root, name, f"oneshot-{name}", 1, [result(8, 60.0)], ticket="random", sparsity_round=8, **more)
+    (section,) = sections_of(read_runs(root)[0])
+
+    axes = {"test accuracy (%)", "sparsity (% of the prunable weights)"}
+
+    def legend(plot):
+        return set(re.findall(r"<!-- ([A-Za-z][^>]*) -->", plot.svg)) - axes
+
+    assert legend(controls(section)) == {
+        "IMP, local", "IMP, local shuffle", "IMP, ANN", "IMP (ANN) shuffle", "random", "random reinit",
+    }  # fmt: skip
+    assert legend(transfer(section)) == {"IMP", "IMP, ANN", "IMP (ANN) transfer"}
+
+
 def test_few_sparsities_stand_for_many():
     quarter = [100 * (1 - 0.75**level) for level in range(15)]
-    assert shown_columns(quarter) == [quarter[level] for level in (4, 8, 11, 14)]
+    assert shown_columns(quarter) == [quarter[level] for level in (4, 8, 11, 13, 14)]  # the paper's, and the sparsest
     half = [100 * (1 - 0.5**level) for level in range(11)]
-    assert len(shown_columns(half)) == 5
-    assert {half[1], half[10]} <= set(shown_columns(half))
+    assert shown_columns(half) == half[2::2]  # even
     assert shown_columns([0.0, 50.0, 75.0]) == [50.0, 75.0]
+    assert shown_columns([75.0, *half, 75.0, half[4], half[4]], most=2) == [75.0, half[4]]  # with the most results
+
+
+def test_table_1_shows_the_sparsities_that_most_experiments_have(tmp_path):
+    root = tmp_path / "runs"
+    half = [100 * (1 - 0.5**level) for level in range(7)]
+    imp = [result(level, 90.0, sparsity=half[level]) for level in range(7)]
+    write_run(root, "imp", "laterewindlth", 1, imp, prune_percent=50.0)
+    for level in (2, 4, 6):
+        rows = [result(level, 80.0, sparsity=half[level])]
+        write_run(root, f"eb-{level}", "earlybird", 1, rows, sparsity_round=level, prune_percent=50.0)
+    write_run(root, "m", "oneshot-magnitude", 1, [result(4, 70.0, sparsity=half[4])], ticket="magnitude")
+    write_run(root, "s", "oneshot-snip", 1, [result(1, 60.0, sparsity=half[1])], ticket="snip")
+    (section,) = sections_of(read_runs(root)[0])
+    table = table_1(section, paper_table())
+    assert table.head[1:6] == ["50.00 %", "75.00 %", "93.75 %", "96.88 %", "98.44 %"]
+    assert [row[0] for row in table.rows] == [["IMP"], ["EB"], ["magnitude"], ["SNIP"]]
+    write_run(root, "r", "oneshot-random", 1, [result(3, 50.0, sparsity=99.5)], ticket="random")
+    write_run(root, "e", "earlybird", 2, [result(5, 80.0, sparsity=half[5])], sparsity_round=5, prune_percent=50.0)
+    (section,) = sections_of(read_runs(root)[0])
+    assert ["random"] not in [row[0] for row in table_1(section, paper_table()).rows]  # it has none of those shown
 
 
 def test_readme_names_what_is_written(tmp_path):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from .flags import uses_early_bird, uses_early_time, uses_rewinding
-from .report_runs import NAMES, Cell, Experiment, Found, Section, Spread, base_of, spread
+from .report_runs import CONTROLS, NAMES, Cell, Experiment, Found, Section, Spread, base_of, source_of, spread
 from .report_tables import shown_columns
 
 INCHES = 3.3  # width of a column
@@ -65,7 +65,7 @@ def _of_section(section: Section) -> Iterator[Plot]:
     figures = (
         accuracy_and_sparsity, search_and_sparsity, accuracy_and_rewind_epoch, global_and_local, layer_sparsity,
         settling, divergence_over_epochs, accuracy_and_early_time, accuracy_and_search_timestep, transfer,
-        snip_and_random, spikes_and_sparsity, firing_rates, learning_curves,
+        controls, snip_and_random, spikes_and_sparsity, firing_rates, learning_curves,
     )  # fmt: skip
     for figure in figures:
         plot = figure(section)
@@ -207,7 +207,7 @@ def _chosen(experiments: list[Experiment]) -> tuple[list[Experiment], str]:
         return experiments, ""
     plain: dict[str, Experiment] = {}
     for experiment in sorted(experiments, key=lambda e: not e.plain):
-        if experiment.settings.get("neuron") != "relu":
+        if not experiment.ann:
             plain.setdefault(experiment.label.split(", ")[0], experiment)
     kept = [experiment for experiment in experiments if experiment in plain.values()]
     return kept, f" Of {len(experiments)} experiments, one SNN of each method."
@@ -233,12 +233,17 @@ def _over_sparsity(axis, lines: list[Line], section: Section, label: bool = True
     _sparsity_axis(axis, columns, label)
 
 
-def _dense_line(axis, section: Section) -> bool:
-    if section.dense is None:
-        return False
-    accuracy = section.dense.spread("test_accuracy").mean
-    axis.axhline(accuracy, color="#777777", linewidth=0.8, linestyle=(0, (1, 1.5)), label="dense")
-    return True
+def _dense_lines(section: Section, experiments: list[Experiment]) -> dict[str, float]:
+    """Accuracy of the dense network, by label: of the SNN, of the ANN, or of both, as the experiments are."""
+    names = {False: "dense", True: "dense, ANN"}
+    dense = {names[ann]: section.dense(ann) for ann in sorted({experiment.ann for experiment in experiments})}
+    return {name: cell.spread("test_accuracy").mean for name, cell in dense.items() if cell is not None}
+
+
+def _draw_dense(axis, lines: dict[str, float]) -> None:
+    for name, accuracy in lines.items():
+        dash, colour = ((0, (1, 1.5)), "#777777") if name == "dense" else ((0, (5, 2)), "#aaaaaa")
+        axis.axhline(accuracy, color=colour, linewidth=0.8, linestyle=dash, label=name)
 
 
 # --- the figures -------------------------------------------------------------------------------------------------
@@ -250,9 +255,9 @@ def accuracy_and_sparsity(section: Section) -> Plot | None:
     lines = _lines_over_sparsity(section, chosen, lambda cell: cell.spread("test_accuracy"))
     if not lines:
         return None
-    extra = ["dense"] if section.dense else []
-    figure, (axis,), columns = _figure(1, [line.label for line in lines] + extra, height=2.1)
-    _dense_line(axis, section)
+    dense = _dense_lines(section, chosen)
+    figure, (axis,), columns = _figure(1, [*(line.label for line in lines), *dense], height=2.1)
+    _draw_dense(axis, dense)
     _over_sparsity(axis, lines, section)
     axis.set_ylabel("test accuracy (%)")
     _legend(figure, axis, columns)
@@ -296,11 +301,10 @@ def _varied(section: Section, flag: str, keep=lambda experiment: True) -> list[E
     return max(groups.values(), key=len, default=[])
 
 
-def _by_sparsity(section: Section, points: list[tuple[float, Cell]]) -> list[Line]:
+def _by_sparsity(points: list[tuple[float, Cell]]) -> list[Line]:
     """A line per sparsity through accuracies at other positions; few sparsities stand for many."""
-    there = sorted({cell.column for _, cell in points})
     lines = []
-    for column in shown_columns(there):
+    for column in shown_columns([cell.column for _, cell in points]):
         by_place: dict[float, list] = {}
         for x, cell in points:
             if cell.column == column:
@@ -310,17 +314,16 @@ def _by_sparsity(section: Section, points: list[tuple[float, Cell]]) -> list[Lin
 
 
 def _accuracy_over(
-    section: Section, lines: list[Line], label: str, name: str, title: str, text: str, whole: bool = True
+    section: Section, group: list[Experiment], lines: list[Line], label: str, name: str, title: str, text: str
 ) -> Plot | None:
     if len({x for line in lines for x, _ in line.points}) < 2:
         return None
-    extra = ["dense"] if section.dense else []
-    figure, (axis,), columns = _figure(1, [line.label for line in lines] + extra)
-    _dense_line(axis, section)
+    dense = _dense_lines(section, group)
+    figure, (axis,), columns = _figure(1, [*(line.label for line in lines), *dense])
+    _draw_dense(axis, dense)
     for line in lines:
         _plot(axis, line)
-    if whole:
-        _integers(axis)
+    _integers(axis)
     axis.set_xlabel(label)
     axis.set_ylabel("test accuracy (%)")
     _legend(figure, axis, columns)
@@ -332,7 +335,7 @@ def accuracy_and_rewind_epoch(section: Section) -> Plot | None:
     group = _varied(section, "rewinding_epoch")
     points = [(e.settings["rewinding_epoch"], cell) for e in group for cell in e.cells]
     return _accuracy_over(
-        section, _by_sparsity(section, points), "rewind epoch", "accuracy-rewind", "Accuracy against rewind epoch",
+        section, group, _by_sparsity(points), "rewind epoch", "accuracy-rewind", "Accuracy against rewind epoch",
         "Accuracy of IMP's tickets over the epoch that their weights are taken from (paper: Fig. 7a).",
     )  # fmt: skip
 
@@ -342,20 +345,26 @@ def accuracy_and_early_time(section: Section) -> Plot | None:
     group = _varied(section, "early_time_threshold")
     if not group:
         return None
-    bases = [base for base in [base_of(group[0], section)] if base]
-    points: list[tuple[float, Cell]] = []
-    for experiment in group + bases:
-        for cell in experiment.cells:
-            for row in cell.rows:
-                points.append((row["search_timesteps"], Cell(cell.level, cell.column, [row])))
-    shared = {cell.column for e in group for cell in e.cells}
-    lines = _by_sparsity(section, [(x, cell) for x, cell in points if cell.column in shared])
+    lines = _by_sparsity(accuracy_by_early_time(section, group))
     name = group[0].label.split(",")[0]
     return _accuracy_over(
-        section, lines, "timesteps of the search, T_early", "accuracy-early-time", "Accuracy against T_early",
-        f"Accuracy of tickets of {name} over the timesteps they were searched with, the base method at T (paper: "
-        "Fig. 8c).",
+        section, group, lines, "timesteps of the search, T_early", "accuracy-early-time", "Accuracy against T_early",
+        f"Accuracy of tickets of {name} over the timesteps they were searched with, the base method at T; a round "
+        "counts once at each (paper: Fig. 8c).",
     )  # fmt: skip
+
+
+def accuracy_by_early_time(section: Section, group: list[Experiment]) -> list[tuple[int, Cell]]:
+    """Tickets by the timesteps of their search, a round once at each: of several, the base's, then the plainest's."""
+    bases = [base for base in [base_of(group[0], section)] if base]
+    shared = {cell.column for experiment in group for cell in experiment.cells}
+    kept: dict[tuple[int, float, int], dict] = {}
+    for experiment in [*bases, *sorted(group, key=lambda e: not e.plain)]:
+        for cell in experiment.cells:
+            for row in cell.rows:
+                if cell.column in shared:
+                    kept.setdefault((row["search_timesteps"], cell.column, row["round"]), row)
+    return [(x, Cell(row["level"], column, [row])) for (x, column, _), row in kept.items()]
 
 
 def accuracy_and_search_timestep(section: Section) -> Plot | None:
@@ -363,7 +372,7 @@ def accuracy_and_search_timestep(section: Section) -> Plot | None:
     group = _varied(section, "search_timestep", lambda e: e.method == "oneshot-magnitude")
     points = [(e.settings["search_timestep"] or e.runs[0].args["timestep"], cell) for e in group for cell in e.cells]
     return _accuracy_over(
-        section, _by_sparsity(section, points), "timesteps before the pruning, T_pre", "accuracy-t-pre",
+        section, group, _by_sparsity(points), "timesteps before the pruning, T_pre", "accuracy-t-pre",
         "Accuracy against T_pre",
         "Accuracy at T of one-shot magnitude tickets over the timesteps of the dense training before (paper: Fig. 4).",
     )  # fmt: skip
@@ -415,21 +424,35 @@ def _over_layers(section: Section, field: str, label: str, name: str, title: str
     return _finish(figure, section, name, title, f"{caption} {_behind(lines)}")
 
 
-def transfer(section: Section) -> Plot | None:
-    """Fig. 9: tickets found elsewhere, such as in the ANN, beside those that IMP found in the SNN and in the ANN."""
-    moved = [e for e in section.experiments if e.method.startswith("oneshot-transfer") and e.cells]
-    own = [e for e in section.experiments if e.label in ("IMP", "IMP, ANN") and e.cells]
-    if not moved:
-        return None
-    lines = _lines_over_sparsity(section, own + moved, lambda cell: cell.spread("test_accuracy"))
+def _beside(section: Section, own: list[Experiment], others: list[Experiment], name: str, title: str, text: str):
+    """Accuracy over sparsity of experiments beside those that they are to be compared with."""
+    lines = _lines_over_sparsity(section, own + others, lambda cell: cell.spread("test_accuracy"))
     figure, (axis,), columns = _figure(1, [line.label for line in lines])
     _over_sparsity(axis, lines, section)
     axis.set_ylabel("test accuracy (%)")
     _legend(figure, axis, columns)
-    caption = (
-        f"Tickets that another run found, and what is left of them under a control (paper: Fig. 9). {_behind(lines)}"
-    )
-    return _finish(figure, section, "transfer", "Transferred tickets", caption)
+    return _finish(figure, section, name, title, f"{text} {_behind(lines)}")
+
+
+def transfer(section: Section) -> Plot | None:
+    """Fig. 9: tickets found elsewhere, such as in the ANN, beside those that IMP found in the SNN and in the ANN."""
+    moved = [e for e in section.experiments if e.method == "oneshot-transfer" and e.cells]
+    own = [e for e in section.experiments if e.label in ("IMP", "IMP, ANN") and e.cells]
+    if not moved:
+        return None
+    text = "Tickets that another run found (paper: Fig. 9)."
+    return _beside(section, own, moved, "transfer", "Transferred tickets", text)
+
+
+def controls(section: Section) -> Plot | None:
+    """What is left of a ticket without its positions (shuffle) or its weights (reinit), beside the ticket itself."""
+    controlled = [e for e in section.experiments if e.method.endswith(CONTROLS) and e.cells]
+    if not controlled:
+        return None
+    sources = {source_of(experiment) for experiment in controlled}
+    own = [e for e in section.experiments if e.label in sources and e.cells]
+    text = "Tickets with their positions shuffled in each layer or their weights drawn anew, beside the tickets."
+    return _beside(section, own, controlled, "controls", "Controls", text)
 
 
 def layer_sparsity(section: Section) -> Plot | None:
@@ -491,20 +514,11 @@ def settling(section: Section) -> Plot | None:
 
 
 def divergence_over_epochs(section: Section) -> Plot | None:
-    """Fig. 5: the normalised divergence of each number of timesteps while the dense network trains."""
-    best: tuple[int, Experiment | None, dict] = (0, None, {})
-    for experiment in section.experiments:
-        by_place: dict[tuple[int, int], dict[int, float]] = {}  # (t, epoch) -> round -> divergence
-        for run in experiment.runs:
-            for row in run.rows:
-                if row["level"] == 0 and row["phase"] != "train":
-                    for t, value in enumerate(row.get("divergences") or [], start=2):
-                        by_place.setdefault((t, row["epoch"]), {}).setdefault(run.args["round"], value)
-        if len(by_place) > best[0]:
-            best = (len(by_place), experiment, by_place)
-    _, experiment, by_place = best
-    if experiment is None:
+    """Fig. 5: the normalised divergence of each number of timesteps while the dense network trains at T."""
+    found = divergences_at_t(section)
+    if found is None:
         return None
+    experiment, by_place = found
     lines = []
     for t in sorted({t for t, _ in by_place}):
         points = [(e + 1, spread(values.values())) for (at, e), values in sorted(by_place.items()) if at == t]
@@ -518,27 +532,44 @@ def divergence_over_epochs(section: Section) -> Plot | None:
     axis.set_ylabel("normalised divergence")
     _legend(figure, axis, columns)
     caption = (
-        "Divergence of the prediction after t timesteps from that after all, divided by that of t = 2 (paper: Fig. 5). "
-        f"{experiment.label}, {_behind(lines)}"
+        "KL divergence of the prediction after t timesteps from that after all, divided by that of t = 2, while the "
+        f"network trains at T (paper: Fig. 5). {experiment.label}, {_behind(lines)}"
     )
+    if not _keeps_t(experiment):
+        caption += " After the deciding epoch the network was trained at T_early; epochs at fewer timesteps than T are "
+        caption += "not shown."
     return _finish(figure, section, "divergence", "Divergence over epochs", caption)
+
+
+def divergences_at_t(section: Section) -> tuple[Experiment, dict[tuple[int, int], dict[int, float]]] | None:
+    """The experiment that trained the dense network at T for longest, and its divergences: (t, epoch) -> by round.
+
+    One that keeps T (threshold 0) comes before any other.
+    """
+    measured = []
+    for experiment in filter(_measures_kl, section.experiments):
+        by_place: dict[tuple[int, int], dict[int, float]] = {}
+        for run in experiment.runs:
+            for row in run.rows:
+                at_t = row["timesteps"] == run.args.get("timestep")
+                if row["level"] == 0 and row["phase"] != "train" and at_t:
+                    for t, value in enumerate(row.get("divergences") or [], start=2):
+                        by_place.setdefault((t, row["epoch"]), {}).setdefault(run.args["round"], value)
+        if by_place:
+            measured.append((experiment, by_place))
+    return max(measured, key=lambda found: (_keeps_t(found[0]), len(found[1])), default=None)
+
+
+def _keeps_t(experiment: Experiment) -> bool:
+    return experiment.settings.get("early_time_threshold") == 0
 
 
 def early_time_and_threshold(sections: list[Section]) -> Plot | None:
     """Fig. 8b: the timesteps that each threshold would have chosen, from the divergences that were logged."""
     lines = []
     for section in sections:
-        vectors: dict[tuple, list[float]] = {}
-        for experiment in section.experiments:
-            for run in experiment.runs:
-                deciding = next((row for row in run.rows if "early_time" in row and row.get("divergences")), None)
-                if uses_early_time(experiment.method) and deciding:
-                    vectors[(run.args["round"], *deciding["divergences"])] = deciding["divergences"]
-        if vectors:
-            points = [
-                (step / 10, spread(chosen_timesteps(vector, step / 10) for vector in vectors.values()))
-                for step in range(11)
-            ]
+        points = early_time_by_threshold(section)
+        if points:
             lines.append(Line(section.title, points, len(lines)))
     if not lines:
         return None
@@ -552,10 +583,28 @@ def early_time_and_threshold(sections: list[Section]) -> Plot | None:
     axis.set_ylabel("T_early (timesteps)")
     _legend(figure, axis, columns)
     caption = (
-        "Timesteps that each threshold chooses, from the divergences of the epoch that decided (paper: Fig. 8b). "
-        f"{_behind(lines)}"
+        "Timesteps that each threshold chooses, from the KL divergences of the epoch that decided, one vector per "
+        f"round (paper: Fig. 8b). {_behind(lines)}"
     )
     return _finish(figure, None, "early-time-threshold", "T_early against threshold", caption)
+
+
+def early_time_by_threshold(section: Section) -> list[tuple[float, Spread]]:
+    """T_early of thresholds from 0 to 1 over rounds: one of each, with KL divergence, of the plainest experiment."""
+    vectors: dict[int, list[float]] = {}
+    for experiment in sorted(section.experiments, key=lambda e: not e.plain):
+        if uses_early_time(experiment.method) and _measures_kl(experiment):
+            for run in experiment.runs:
+                deciding = next((row for row in run.rows if "early_time" in row and row.get("divergences")), None)
+                if deciding:
+                    vectors.setdefault(run.args["round"], deciding["divergences"])
+    thresholds = [step / 10 for step in range(11)] if vectors else []
+    return [(x, spread(chosen_timesteps(vector, x) for vector in vectors.values())) for x in thresholds]
+
+
+def _measures_kl(experiment: Experiment) -> bool:
+    """Whether an experiment's divergences are the paper's, of an SNN; an ANN's say nothing about time."""
+    return experiment.settings.get("divergence", "kl") == "kl" and not experiment.ann
 
 
 def chosen_timesteps(divergences: list[float], threshold: float) -> int:

@@ -7,7 +7,19 @@ from html import escape
 from .flags import planned_epochs, reported_levels
 from .report_figures import Plot
 from .report_runs import Experiment, Found, Section
-from .report_tables import IN_SOURCE, Table, count, duration, measured, percent, remarks, signed, with_n
+from .report_tables import (
+    IN_SOURCE,
+    Table,
+    accuracy_of,
+    count,
+    dense_note,
+    duration,
+    percent,
+    remarks,
+    signed,
+    silent_note,
+    with_n,
+)
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1c; --soft: #595959; --page: #ffffff; --line: #d4d4d4; --head: #f3f3f3;
@@ -121,14 +133,15 @@ def _overview(section: Section) -> Table:
             continue
         cell = experiment.cells[-1]
         accuracy, seconds = cell.spread("test_accuracy"), cell.spread("search_seconds")
-        row = [[experiment.label], [percent(cell.column)], [f"{with_n(measured(accuracy), accuracy)}"]]
-        change = accuracy.mean - section.dense.spread("test_accuracy").mean if section.dense else None
-        row.append([signed(change)] if change is not None and cell is not section.dense else [])
+        row = [[experiment.label], [percent(cell.column)], [with_n(accuracy_of(cell), accuracy)]]
+        dense = section.dense(experiment.ann)
+        there = dense is not None and cell is not dense
+        row.append([signed(accuracy.mean - dense.spread("test_accuracy").mean)] if there else [])
         row.append([_cost(experiment, cell.spread("search_timestep_epochs"), seconds)])
         rows.append(row)
     head = ["method", "sparsest ticket", "its accuracy (%)", "against dense", "its search"]
-    dense = section.dense.spread("test_accuracy") if section.dense else None
-    notes = [f"Dense network: {with_n(f'{measured(dense)} %', dense)}."] if dense else []
+    notes = dense_note(section)
+    notes += silent_note([experiment.cells[-1] for experiment in section.experiments if experiment.cells])
     return Table("Sparsest tickets", head, rows, notes)
 
 

@@ -22,6 +22,7 @@ NAMES = {
     "laterewindlth": "IMP", "earlyT_laterewindlth": "IMP + ET", "earlybird": "EB", "earlyT_earlybird": "EB + ET",
     "oneshot-magnitude": "magnitude", "oneshot-snip": "SNIP", "oneshot-random": "random",
 }  # fmt: skip
+CONTROLS = ("-shuffle", "-reinit")  # ends of a method's name
 SIZE = ("dataset", "arch", "width", "train_samples", "test_samples", "end_iter")  # runs of one size share a table
 PLACE = ("round", "output_dir", "exp_name", "data_dir", "device", "tensorboard", "restart")
 CIRCUMSTANCES = ("effective_seed", "versions", "device_name", "threads", "git_commit")
@@ -47,7 +48,7 @@ SAME = 0.01  # two densities that differ by less than this share are one sparsit
 
 NUMBER = (int, float)
 ARGS_FIELDS = {"method": str, "dataset": str, "arch": str, "round": int}
-MORE_ARGS_FIELDS = {"timestep": int, "rewinding_epoch": int, "search_timestep": int}  # positions in figures
+MORE_ARGS_FIELDS = {"timestep": int, "rewinding_epoch": int, "search_timestep": int, "eb_tolerance": NUMBER}
 MORE_EPOCH_FIELDS = {
     "loss": NUMBER, "train_accuracy": NUMBER, "hamming": NUMBER, "jaccard": NUMBER, "divergences": list,
     "early_time": int,
@@ -120,6 +121,11 @@ class Cell:
     def rounds(self) -> list[int]:
         return [row["round"] for row in self.rows]
 
+    @property
+    def silent(self) -> dict[str, int]:
+        """Layers that did not spike once on the test images, and in how many rounds."""
+        return Counter(n for row in self.rows for n, rate in (row.get("firing_rates") or {}).items() if rate == 0)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -131,6 +137,10 @@ class Experiment:
     plain: bool  # no flag had to be named to tell it from others, or all that were have the paper's value
     runs: list[Found]
     cells: list[Cell]  # by sparsity
+
+    @property
+    def ann(self) -> bool:
+        return self.settings.get("neuron") == "relu"
 
     @property
     def searches(self) -> bool:
@@ -164,10 +174,9 @@ class Section:
         """Sparsities in %, the dense network's 0 among them."""
         return sorted({cell.column for experiment in self.experiments for cell in experiment.cells})
 
-    @property
-    def dense(self) -> Cell | None:
-        """The dense network: IMP before its first pruning."""
-        imp = [e for e in self.experiments if e.method == "laterewindlth" and e.settings.get("neuron") != "relu"]
+    def dense(self, ann: bool = False) -> Cell | None:
+        """The dense network, of the SNN or of the ANN: IMP before its first pruning."""
+        imp = [e for e in self.experiments if e.method == "laterewindlth" and e.ann == ann]
         cells = [cell for experiment in imp for cell in experiment.cells if cell.level == 0]
         return max(cells, key=lambda cell: len(cell.rows), default=None)
 
@@ -411,13 +420,19 @@ def base_of(experiment: Experiment, section: Section) -> Experiment | None:
     return None
 
 
+def source_of(control: Experiment) -> str:
+    """Label of the experiment whose tickets a control (a method that ends with one of CONTROLS) starts from."""
+    source, _, more = control.label.partition(f" {control.method.rsplit('-', 1)[1]}")
+    return source.replace(" (ANN)", ", ANN") if control.method.startswith("oneshot-transfer") else source + more
+
+
 def unlike_paper(experiment: Experiment, section: Section) -> dict[str, str]:
     """Flags of an experiment that are not the paper's and that its label does not name, in words with both values."""
     epochs = PAPER_EPOCHS.get(section.size["dataset"])
     paper = PAPER_SETTING | ({"end_iter": epochs} if epochs else {})
     ours = section.size | experiment.settings
     ours = {flag: value for flag, value in ours.items() if spoken(flag, value) not in experiment.label.split(", ")}
-    if experiment.settings.get("neuron") == "relu":
+    if experiment.ann:
         ours.pop("neuron", None)
     return {
         flag: f"{SPOKEN.get(flag, flag.replace('_', ' '))} {_or_all(ours[flag])} (paper: {_or_all(value)})"

@@ -2,11 +2,14 @@
 
 import csv
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from .flags import uses_early_bird
 from .report_runs import (
     COSTS,
+    NAMES,
     PAPER_SETTING,
     Cell,
     Experiment,
@@ -14,17 +17,20 @@ from .report_runs import (
     Spread,
     base_of,
     same_sparsity,
+    spread,
     unlike_paper,
 )
 
 PAPER_TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "paper" / "table1.csv"
 MOST_COLUMNS = 5  # sparsities side by side
+SILENT = "†"  # marks an accuracy of a network with a layer that does not spike
 IN_SOURCE = "see its source"  # a saved ticket's cost stands with the run that found it
 CSV_FIELDS = (
     "dataset", "arch", "width", "train_samples", "test_samples", "end_iter", "experiment", "method", "level",
     "sparsity", "n", "rounds", "accuracy_mean", "accuracy_std", "best_accuracy_mean", "search_timesteps_mean",
     "search_seconds_mean", "search_seconds_std", "search_epochs_mean", "search_timestep_epochs_mean",
-    "train_seconds_mean", "delta_accuracy", "speed_gain", "timestep_epochs_gain", "base_n", "paper_accuracy",
+    "train_seconds_mean", "delta_accuracy", "delta_accuracy_std", "speed_gain", "speed_gain_std",
+    "timestep_epochs_gain", "timestep_epochs_gain_std", "base_n", "paper_accuracy",
     "paper_hours", "paper_delta_accuracy", "paper_speed_gain", *(f"{name}_mean" for name in COSTS),
 )  # fmt: skip
 
@@ -68,15 +74,28 @@ def paper_row(
 
 
 def shown_columns(columns: list[float], most: int = MOST_COLUMNS) -> list[float]:
-    """A few sparsities to stand for many: the paper's where they are there, then an even choice; the last always."""
-    columns = [column for column in columns if column > 0]
-    if len(columns) <= most:
-        return columns
+    """A few sparsities to stand for many, ascending.
+
+    Args:
+        columns: sparsities in %, each as often as there are results at it. Those with the most results are kept, of
+            equals the paper's first, the others evenly up to the sparsest.
+        most: how many to keep.
+    """
+    counts = Counter(column for column in columns if column > 0)
     papers = [100 * (1 - 0.75**prunings) for prunings in (4, 8, 11, 14)]
-    of_paper = [column for column in columns if any(same_sparsity(column, p) for p in papers)]
-    if len(of_paper) > 1:
-        return sorted({*of_paper, columns[-1]})
-    return sorted({columns[round(i * (len(columns) - 1) / (most - 1))] for i in range(most)})
+    ranks: dict[tuple[int, bool], list[float]] = {}
+    for column in sorted(counts):
+        ranks.setdefault((counts[column], any(same_sparsity(column, p) for p in papers)), []).append(column)
+    shown: list[float] = []
+    for _, group in sorted(ranks.items(), reverse=True):
+        keep = min(len(group), most - len(shown))
+        shown += [group[-(-(i + 1) * len(group) // keep) - 1] for i in range(keep)]
+    return sorted(shown)
+
+
+def columns_of(experiments: list[Experiment]) -> list[float]:
+    """Sparsities in %, each once for every experiment that has a ticket there."""
+    return [column for experiment in experiments for column in {cell.column for cell in experiment.cells}]
 
 
 # --- text --------------------------------------------------------------------------------------------------------
@@ -119,6 +138,26 @@ def measured(value: Spread) -> str:
     return number(value.mean) + ("" if value.std is None else f" ± {number(value.std)}")
 
 
+def accuracy_of(cell: Cell) -> str:
+    """Accuracy of a ticket, marked where a layer of it is silent."""
+    return measured(cell.spread("test_accuracy")) + (SILENT if cell.silent else "")
+
+
+def silent_note(cells: list[Cell]) -> list[str]:
+    """What the mark says, where one of the cells has it."""
+    layers = list(dict.fromkeys(name for cell in cells for name in cell.silent))
+    if not layers:
+        return []
+    return [
+        f"{SILENT} In at least one round a layer is silent, it does not spike once on the test images (here: "
+        f"{', '.join(layers)}): what follows it may see nothing of the image, and the accuracy is then chance."
+    ]
+
+
+def signed_spread(value: Spread) -> str:
+    return signed(value.mean) + measured(value).removeprefix(number(value.mean))
+
+
 def with_n(text: str, value: Spread) -> str:
     """A number never stands without how many it is the mean of."""
     return f"{text} (n={value.n})"
@@ -133,48 +172,58 @@ def percent(column: float) -> str:
 
 @dataclass(frozen=True)
 class Gain:
-    """What Early-Time changes at one sparsity; a ratio is None where nothing was searched or the machines differ."""
+    """What Early-Time changes at one sparsity; a ratio is None where nothing was searched or the machines differ.
 
-    delta_accuracy: float
-    speed: float | None
-    cost: float | None
-    n: int
-    base_n: int
+    Values are over the rounds that both have; where there are none, of the two means, and without a deviation.
+    """
 
-    @property
-    def repetitions(self) -> str:
-        return f"(n={self.n})" if self.n == self.base_n else f"(n={self.n}, base n={self.base_n})"
+    delta_accuracy: Spread
+    speed: Spread | None
+    cost: Spread | None
+    repetitions: str
 
 
 def gain(early: Experiment, base: Experiment, column: float) -> Gain | None:
-    """Compare two experiments at a sparsity that both have: means of accuracy, ratios of mean search cost."""
+    """Compare two experiments round by round at a sparsity that both have: accuracy, search time and search cost."""
     if not early.at(column) or not base.at(column):
         return None
     one, other = early.at(column)[0], base.at(column)[0]
-    accuracy = one.spread("test_accuracy").mean - other.spread("test_accuracy").mean
+    of_base = {row["round"]: row for row in other.rows}
+    pairs = [(row, of_base[row["round"]]) for row in one.rows if row["round"] in of_base]
+    repetitions = f"(n={len(pairs)})"
+    if not pairs:
+        fields = ("test_accuracy", "search_seconds", "search_timestep_epochs")
+        pairs = [tuple({field: cell.spread(field).mean for field in fields} for cell in (one, other))]
+        repetitions = f"(n={len(one.rows)}, base n={len(other.rows)})"
 
     def ratio(field):
-        mine, its = one.spread(field).mean, other.spread(field).mean
-        return its / mine if mine > 0 and its > 0 else None
+        return spread(its[field] / mine[field] for mine, its in pairs if mine[field] > 0 and its[field] > 0)
 
     same_machine = len({run.args.get("device_name") for run in early.runs + base.runs}) == 1
     return Gain(
-        accuracy,
+        spread(mine["test_accuracy"] - its["test_accuracy"] for mine, its in pairs),
         ratio("search_seconds") if same_machine else None,
         ratio("search_timestep_epochs"),
-        len(one.rows),
-        len(other.rows),
+        repetitions,
     )
+
+
+def factor(value: Spread) -> str:
+    return f"×{measured(value)}"  # noqa: RUF001
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
 def table_1(section: Section, paper: dict) -> Table | None:
-    """Table 1 of the paper: methods as rows, sparsities as columns; accuracy on the left, the search on the right."""
-    experiments = [e for e in section.experiments if any(cell.column > 0 for cell in e.cells)]
-    columns = shown_columns(section.columns)
-    if not columns:
+    """Table 1 of the paper: methods as rows, sparsities as columns; accuracy on the left, the search on the right.
+
+    Variants of a method, controls, transferred tickets and ANNs are left to the list of every ticket.
+    """
+    plain = plain_experiments(section)
+    columns = shown_columns(columns_of(plain))
+    experiments = [e for e in plain if any(e.at(column) for column in columns)]
+    if not experiments:
         return None
     rows = []
     for experiment in experiments:
@@ -184,19 +233,23 @@ def table_1(section: Section, paper: dict) -> Table | None:
         rows.append(row)
         base = base_of(experiment, section)
         if base is not None:
-            rows.append(_change(experiment, base, section, columns, paper))
+            change = _change(experiment, base, section, columns, paper)
+            rows += [change] if any(change[1:]) else []
     notes = []
-    if section.dense is not None:
-        dense = section.dense.spread("test_accuracy")
-        notes.append(f"Dense network (IMP before its first pruning): {with_n(f'{measured(dense)} %', dense)}.")
-    left_out = len([column for column in section.columns if column > 0]) - len(columns)
+    notes += dense_note(section)
+    others = len([e for e in section.experiments if e.cells and e not in experiments])
+    further = len([column for column in section.columns if column > 0 and column not in columns])
+    left_out = [f"{others} more experiment{'s' * (others > 1)}"] if others else []
+    left_out += [f"{further} more {'sparsities' if further > 1 else 'sparsity'}"] if further else []
     if left_out:
-        notes.append(f"{left_out} more sparsities are in the list of every ticket and in tables.csv.")
+        notes.append(f"In the list of every ticket and in tables.csv: {', '.join(left_out)}.")
     notes.append(
         "Accuracy in % after the last epoch, mean ± sample standard deviation over rounds. Search: training time spent "
         "to find the ticket, its own training excluded, and the same in epochs x timesteps. Sparsity is of the "
-        "prunable weights. Paper: Table 1, search on an RTX 2080 Ti."
+        "prunable weights. What ET changes is the mean of the differences and ratios of the rounds that both have. "
+        "Paper: Table 1, search on an RTX 2080 Ti."
     )
+    notes += silent_note([cell for e in experiments for column in columns for cell in e.at(column)])
     for experiment in experiments:
         for column in columns:
             row = paper_row(experiment, section, column, paper) if experiment.at(column) else None
@@ -207,12 +260,28 @@ def table_1(section: Section, paper: dict) -> Table | None:
     return Table("Table 1", head, rows, notes, groups)
 
 
+def plain_experiments(section: Section) -> list[Experiment]:
+    """One SNN experiment for each method of the paper that prunes: the plainest with a sparse ticket."""
+    plain: dict[str, Experiment] = {}
+    for experiment in sorted(section.experiments, key=lambda e: not e.plain):
+        if experiment.method in NAMES and not experiment.ann and any(cell.column > 0 for cell in experiment.cells):
+            plain.setdefault(experiment.method, experiment)
+    return [experiment for experiment in section.experiments if experiment in plain.values()]
+
+
+def dense_note(section: Section) -> list[str]:
+    """Accuracy of the dense SNN and of the dense ANN, if they were run."""
+    dense = {"SNN": section.dense(), "ANN": section.dense(ann=True)}
+    accuracies = {name: cell.spread("test_accuracy") for name, cell in dense.items() if cell is not None}
+    written = [f"{name} {with_n(f'{measured(value)} %', value)}" for name, value in accuracies.items()]
+    return [f"Dense network (IMP before its first pruning): {', '.join(written)}."] if written else []
+
+
 def _accuracy(experiment: Experiment, section: Section, column: float, paper: dict) -> list[str]:
-    values = [cell.spread("test_accuracy") for cell in experiment.at(column)]
+    cells = experiment.at(column)
     row = paper_row(experiment, section, column, paper)
-    return [with_n(measured(value), value) for value in values] + (
-        [f"paper {row['accuracy']}"] if values and row else []
-    )
+    lines = [with_n(accuracy_of(cell), cell.spread("test_accuracy")) for cell in cells]
+    return lines + ([f"paper {row['accuracy']}"] if cells and row else [])
 
 
 def _search(experiment: Experiment, section: Section, column: float, paper: dict) -> list[str]:
@@ -238,13 +307,10 @@ def _change(early: Experiment, base: Experiment, section: Section, columns: list
             accuracy.append([])
             speed.append([])
             continue
-        accuracy.append([f"{signed(change.delta_accuracy)} {change.repetitions}"])
-        if change.speed is None:
-            speed.append([f"no ratio {change.repetitions}"])
-        else:
-            speed.append([f"×{change.speed:.2f} {change.repetitions}"])  # noqa: RUF001
+        accuracy.append([f"{signed_spread(change.delta_accuracy)} {change.repetitions}"])
+        speed.append([f"{'no ratio' if change.speed is None else factor(change.speed)} {change.repetitions}"])
         if change.cost is not None:
-            speed[-1].append(f"×{change.cost:.2f} in epochs x T")  # noqa: RUF001
+            speed[-1].append(f"{factor(change.cost)} in epochs x T")
         if row:
             accuracy[-1].append(f"paper {row['delta_accuracy'].replace('-', '−')}")  # noqa: RUF001
             speed[-1].append(f"paper ×{row['speed_gain']}")  # noqa: RUF001
@@ -262,7 +328,7 @@ def cost_table(section: Section) -> Table | None:
     fields = [name for name in COSTS if any(cell.spread(name) for _, cell in cells)]
     if not fields:
         return None
-    keep = {0.0, *shown_columns(section.columns)}
+    keep = {0.0, *shown_columns(columns_of(section.experiments))}
     rows = []
     for experiment, cell in cells:
         values = [cell.spread(name) for name in fields]
@@ -285,12 +351,14 @@ def every_ticket(section: Section) -> Table:
             search.append(count(cell.spread("search_timestep_epochs")))
             texts = [
                 experiment.label, str(cell.level), percent(cell.column), str(len(cell.rows)),
-                ", ".join(map(str, cell.rounds)), measured(cell.spread("test_accuracy")),
+                ", ".join(map(str, cell.rounds)), accuracy_of(cell),
                 measured(cell.spread("best_test_accuracy")), count(cell.spread("search_timesteps")),
                 *(search if experiment.searches else [IN_SOURCE, "", ""]), duration(trained) if trained else "",
             ]  # fmt: skip
             rows.append([[text] for text in texts])
-    return Table("Every ticket", head, rows, ["Mean ± sample standard deviation over the n rounds named."])
+    notes = ["Mean ± sample standard deviation over the n rounds named."]
+    notes += silent_note([cell for experiment in section.experiments for cell in experiment.cells])
+    return Table("Every ticket", head, rows, notes)
 
 
 def remarks(section: Section) -> list[str]:
@@ -315,6 +383,20 @@ def remarks(section: Section) -> list[str]:
         if own:
             alike.setdefault(own, []).append(label)
     lines += [f"Not as in the paper: {own} ({'; '.join(labels)})." for own, labels in alike.items()]
+    for experiment in section.experiments:
+        for cell in filter(lambda cell: cell.silent, experiment.cells):
+            by_count: dict[int, list[str]] = {}
+            for name, n in cell.silent.items():
+                by_count.setdefault(n, []).append(name)
+            layers = "; ".join(f"{', '.join(names)} in {n} of {len(cell.rows)} rounds" for n, names in by_count.items())
+            lines.append(f"Silent on all test images: {experiment.label} at {percent(cell.column)} ({layers}).")
+    at_once = {experiment.label: settles_at_once(experiment) for experiment in section.experiments}
+    named = "; ".join(f"{label} at {', '.join(map(percent, columns))}" for label, columns in at_once.items() if columns)
+    if named:
+        lines.append(
+            "Two masks of one sparsity s differ in at most 2 (1 - s) of their entries, which is below the tolerance of "
+            f"Early-Bird here, so that it settles as soon as its window is full, whatever the masks are: {named}."
+        )
     machines: dict[str, list[str]] = {}
     for experiment in section.experiments:
         for name in sorted({str(run.args.get("device_name", "not noted")) for run in experiment.runs}):
@@ -324,6 +406,15 @@ def remarks(section: Section) -> list[str]:
     else:
         lines += [f"On {name}: {'; '.join(labels)}." for name, labels in machines.items()]
     return lines
+
+
+def settles_at_once(experiment: Experiment) -> list[float]:
+    """Sparsities in % at which no two masks of Early-Bird are as far apart (Hamming) as its tolerance."""
+    if not uses_early_bird(experiment.method) or experiment.settings.get("eb_distance") != "hamming":
+        return []
+    tolerance = experiment.settings["eb_tolerance"]
+    cells = [cell for cell in experiment.cells if 2 * (1 - cell.rows[0]["sparsity"] / 100) < tolerance]
+    return [cell.column for cell in cells]
 
 
 def tables_csv(sections: list[Section], paper: dict) -> str:
@@ -360,9 +451,12 @@ def _csv_row(section: Section, experiment: Experiment, cell: Cell, paper: dict) 
     base = base_of(experiment, section)
     change = gain(experiment, base, cell.column) if base else None
     if change:
-        row |= {"delta_accuracy": f"{change.delta_accuracy:.6g}", "base_n": change.base_n}
-        row["speed_gain"] = "" if change.speed is None else f"{change.speed:.6g}"
-        row["timestep_epochs_gain"] = "" if change.cost is None else f"{change.cost:.6g}"
+        row["base_n"] = len(base.at(cell.column)[0].rows)
+        found = (("delta_accuracy", change.delta_accuracy), ("speed_gain", change.speed))
+        for name, value in (*found, ("timestep_epochs_gain", change.cost)):
+            if value is not None:
+                row[name] = f"{value.mean:.6g}"
+                row[f"{name}_std"] = "" if value.std is None else f"{value.std:.6g}"
     of_paper = paper_row(experiment, section, cell.column, paper)
     if of_paper:
         row |= {"paper_accuracy": of_paper["accuracy"], "paper_hours": of_paper["hours"]}
