@@ -207,10 +207,10 @@ def _chosen(experiments: list[Experiment]) -> tuple[list[Experiment], str]:
         return experiments, ""
     plain: dict[str, Experiment] = {}
     for experiment in sorted(experiments, key=lambda e: not e.plain):
-        if not experiment.ann:
+        if not experiment.ann and not experiment.method.endswith(CONTROLS):
             plain.setdefault(experiment.label.split(", ")[0], experiment)
     kept = [experiment for experiment in experiments if experiment in plain.values()]
-    return kept, f" Of {len(experiments)} experiments, one SNN of each method."
+    return kept, f" Of {len(experiments)} experiments, one SNN of each method, without controls."
 
 
 def _lines_over_sparsity(section: Section, experiments: list[Experiment], value, dense: bool = True) -> list[Line]:

@@ -383,13 +383,15 @@ def remarks(section: Section) -> list[str]:
         if own:
             alike.setdefault(own, []).append(label)
     lines += [f"Not as in the paper: {own} ({'; '.join(labels)})." for own, labels in alike.items()]
+    silent: dict[str, list[str]] = {}  # layers -> tickets
     for experiment in section.experiments:
         for cell in filter(lambda cell: cell.silent, experiment.cells):
             by_count: dict[int, list[str]] = {}
             for name, n in cell.silent.items():
                 by_count.setdefault(n, []).append(name)
             layers = "; ".join(f"{', '.join(names)} in {n} of {len(cell.rows)} rounds" for n, names in by_count.items())
-            lines.append(f"Silent on all test images: {experiment.label} at {percent(cell.column)} ({layers}).")
+            silent.setdefault(layers, []).append(f"{experiment.label} at {percent(cell.column)}")
+    lines += [f"Silent on all test images: {'; '.join(tickets)} ({layers})." for layers, tickets in silent.items()]
     at_once = {experiment.label: settles_at_once(experiment) for experiment in section.experiments}
     named = "; ".join(f"{label} at {', '.join(map(percent, columns))}" for label, columns in at_once.items() if columns)
     if named:
