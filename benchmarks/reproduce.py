@@ -39,7 +39,7 @@ from utils.runs import Run, clock  # noqa: E402
 from utils.training import MaskedUpdate, forward, loss_over_time, make_optimizer  # noqa: E402
 
 IMAGES = {"tinyimagenet": (100_000, 64), "svhn": (73_257, 32), "fmnist": (60_000, 32), "digits": (1_437, 32)}
-TIMED_STEPS, TIMED_IMAGES = 3, 8
+TIMED_STEPS, TIMED_IMAGES = 2, 8
 TABLE_1 = ("Table 1", "Table 2", "Fig. 1", "Fig. 6", "Fig. 8a", "Fig. 8b", "Fig. 11")
 OBSERVATIONS = ("Fig. 3", "Fig. 7a", "Fig. 7b", "Fig. 7c", "Fig. 8c")  # IMP's own share of them
 
@@ -258,15 +258,14 @@ def estimate(command: Command) -> float:
     images = min(images, args.train_samples or images)
     # a CPU's time goes with the images, and a full batch may not fit its memory
     batch_size = args.batch_size if args.device.startswith("cuda") else min(args.batch_size, TIMED_IMAGES)
-    network = (args.arch, args.dataset, side, args.neuron, args.width)
+    network = (args.arch, DATASETS[args.dataset].channels, side, args.neuron, args.width)
     step = seconds_per_step(*network, args.timestep, batch_size, args.device, args.precision)
     return step * images / batch_size * sum(planned_epochs(args))
 
 
 @cache
-def seconds_per_step(arch, dataset, side, neuron, width, timesteps, batch_size, device, precision) -> float:
+def seconds_per_step(arch, channels, side, neuron, width, timesteps, batch_size, device, precision) -> float:
     """Seconds of a training step on this machine, the mean of a few after a first one."""
-    channels = DATASETS[dataset].channels
     model = build_model(arch, channels, 10, neuron, width).to(device)
     settings = argparse.Namespace(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
     update = MaskedUpdate(make_optimizer(model, settings), model, dense_mask(model))
