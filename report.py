@@ -55,7 +55,7 @@ def main(argv=None):
         write_text(args.out / "figures" / f"{plot.name}.svg", plot.svg)
         write_bytes(args.out / "figures" / f"{plot.name}.png", plot.png)
     write_text(args.out / "report.html", page(runs, damaged, sections, tables, plots))
-    print(f"{len(runs)} runs, {len(damaged)} left out: {args.out / 'report.html'}")
+    print(f"runs: {len(runs)}, left out: {len(damaged)}, report: {args.out / 'report.html'}")
 
 
 if __name__ == "__main__":

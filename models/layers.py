@@ -41,8 +41,8 @@ class BatchNorm(nn.BatchNorm2d):
 class NormAndFire(nn.Module):
     """What stands between two convolutions: batch norm, the shortcut if there is one, the neuron.
 
-    ``compile_blocks`` makes one kernel of it: these are all operations that read and write whole activations and
-    compute little, and in a network of T timesteps they would pass over memory some 10 times T times.
+    ``compile_blocks`` makes one kernel of it: these operations compute little, and each would read and write whole
+    activations of every timestep.
     """
 
     def __init__(self, channels: int, neuron: str, statistics: str = "per_timestep"):
@@ -62,8 +62,8 @@ class NormAndFire(nn.Module):
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Have torch.compile fuse every ``NormAndFire``, at the first call with a shape and a number of timesteps; blocks
-    of the same shape share a kernel. What lies outside of them stays as it is: convolutions have their own kernels."""
+    """Have torch.compile fuse every ``NormAndFire``, and the batch norms of shortcuts, at the first call with a shape
+    and a number of timesteps; blocks of the same shape share a kernel. Convolutions have good kernels of their own."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_KERNELS)
     for module in model.modules():
         if isinstance(module, (NormAndFire, BatchNorm)):
