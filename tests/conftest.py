@@ -66,6 +66,11 @@ def lively(model, images):
     return model
 
 
+def kernels():
+    """How many graphs torch.compile has made so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 class Finished:
     """What a run left behind."""
 

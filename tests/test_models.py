@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import lively, needs_a_compiler
+from conftest import kernels, lively, needs_a_compiler
 from reference import loop_of
 from torch.nn import functional as F
 
@@ -154,10 +154,6 @@ def test_membranes_stay_fp32_in_bf16():
 def test_unknown_choices_name_the_choices(kwargs, message):
     with pytest.raises(ValueError, match=message):
         build_model(**({"arch": "vgg16", "channels": 3, "classes": 10} | kwargs))
-
-
-def kernels():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @needs_a_compiler

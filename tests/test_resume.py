@@ -72,6 +72,16 @@ def kill_at(monkeypatch, nth, renamed):
     monkeypatch.setattr("os.replace", replace)
 
 
+def killed_early_bird(tmp_path, tiny, monkeypatch, nth):
+    """The script, and what it left when it died at its nth file."""
+    main = script("earlybird")
+    with monkeypatch.context() as patch:
+        kill_at(patch, nth, True)
+        with pytest.raises(Killed):
+            main(tiny)
+    return main, contents(folder_of(tmp_path, "earlybird"))
+
+
 @pytest.mark.parametrize("renamed", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_any_file_and_resumed(tmp_path, tiny, monkeypatch, method, renamed):
@@ -150,12 +160,7 @@ def test_files_are_readable_as_the_umask_allows(tmp_path, tiny):
 
 
 def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, tiny, monkeypatch, capsys):
-    main = script("earlybird")
-    with monkeypatch.context() as patch:
-        kill_at(patch, 8, True)
-        with pytest.raises(Killed):
-            main(tiny)
-    before = contents(folder_of(tmp_path, "earlybird"))
+    main, before = killed_early_bird(tmp_path, tiny, monkeypatch, 8)
 
     def full(path, data):
         path.touch()
@@ -352,12 +357,7 @@ def test_checkpoint_of_another_stage_is_refused(tmp_path, tiny, capsys):
 
 
 def test_other_images_are_refused(tmp_path, tiny, capsys, monkeypatch):
-    main = script("earlybird")
-    with monkeypatch.context() as patch:
-        kill_at(patch, 6, True)
-        with pytest.raises(Killed):
-            main(tiny)
-    before = contents(folder_of(tmp_path, "earlybird"))
+    main, before = killed_early_bird(tmp_path, tiny, monkeypatch, 6)
     monkeypatch.setattr("utils.data._synthetic", lambda: synthetic(classes=9))
     with pytest.raises(SystemExit) as stop:
         main(tiny)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from conftest import lively, needs_a_compiler
+from conftest import kernels, lively, needs_a_compiler
 from torch.nn import functional as F
 
 from models import build_model
@@ -227,9 +227,6 @@ def test_only_full_batches_are_compiled_for():
 
         def forward(self, images, timesteps):
             return self.fire(images.unsqueeze(0), timesteps=timesteps)
-
-    def kernels():
-        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     model = OneBlock()
     compile_blocks(model)
