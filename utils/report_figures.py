@@ -246,6 +246,17 @@ def _draw_dense(axis, lines: dict[str, float]) -> None:
         axis.axhline(accuracy, color=colour, linewidth=0.8, linestyle=dash, label=name)
 
 
+def _accuracies(section: Section, lines: list[Line], name: str, title: str, caption: str, dense=None, **size) -> Plot:
+    """Accuracy over sparsity, a line for each experiment, and the dense networks."""
+    dense = dense or {}
+    figure, (axis,), columns = _figure(1, [*(line.label for line in lines), *dense], **size)
+    _draw_dense(axis, dense)
+    _over_sparsity(axis, lines, section)
+    axis.set_ylabel("test accuracy (%)")
+    _legend(figure, axis, columns)
+    return _finish(figure, section, name, title, caption)
+
+
 # --- the figures -------------------------------------------------------------------------------------------------
 
 
@@ -255,14 +266,9 @@ def accuracy_and_sparsity(section: Section) -> Plot | None:
     lines = _lines_over_sparsity(section, chosen, lambda cell: cell.spread("test_accuracy"))
     if not lines:
         return None
-    dense = _dense_lines(section, chosen)
-    figure, (axis,), columns = _figure(1, [*(line.label for line in lines), *dense], height=2.1)
-    _draw_dense(axis, dense)
-    _over_sparsity(axis, lines, section)
-    axis.set_ylabel("test accuracy (%)")
-    _legend(figure, axis, columns)
     caption = f"Accuracy of the last epoch over sparsity (paper: Figs. 1 and 6). {_behind(lines)}{others}"
-    return _finish(figure, section, "accuracy-sparsity", "Accuracy against sparsity", caption)
+    dense = _dense_lines(section, chosen)
+    return _accuracies(section, lines, "accuracy-sparsity", "Accuracy against sparsity", caption, dense, height=2.1)
 
 
 def search_and_sparsity(section: Section) -> Plot | None:
@@ -427,11 +433,7 @@ def _over_layers(section: Section, field: str, label: str, name: str, title: str
 def _beside(section: Section, own: list[Experiment], others: list[Experiment], name: str, title: str, text: str):
     """Accuracy over sparsity of experiments beside those that they are to be compared with."""
     lines = _lines_over_sparsity(section, own + others, lambda cell: cell.spread("test_accuracy"))
-    figure, (axis,), columns = _figure(1, [line.label for line in lines])
-    _over_sparsity(axis, lines, section)
-    axis.set_ylabel("test accuracy (%)")
-    _legend(figure, axis, columns)
-    return _finish(figure, section, name, title, f"{text} {_behind(lines)}")
+    return _accuracies(section, lines, name, title, f"{text} {_behind(lines)}")
 
 
 def transfer(section: Section) -> Plot | None:
@@ -620,12 +622,8 @@ def snip_and_random(section: Section) -> Plot | None:
     lines = _lines_over_sparsity(section, both, lambda cell: cell.spread("test_accuracy"))
     names = [e.label if "ANN" in e.label else f"{e.label}, SNN" for e in both]
     lines = [Line(name, line.points, line.style) for name, line in zip(names, lines, strict=True)]
-    figure, (axis,), columns = _figure(1, names)
-    _over_sparsity(axis, lines, section)
-    axis.set_ylabel("test accuracy (%)")
-    _legend(figure, axis, columns)
     caption = f"Tickets of an untrained network: SNIP against a random mask (paper: Fig. 10). {_behind(lines)}"
-    return _finish(figure, section, "snip-random", "SNIP against random", caption)
+    return _accuracies(section, lines, "snip-random", "SNIP against random", caption)
 
 
 def learning_curves(section: Section) -> Plot | None:
