@@ -391,13 +391,9 @@ def global_and_local(section: Section) -> Plot | None:
         return None
     lines = _lines_over_sparsity(section, group, lambda cell: cell.spread("test_accuracy"))
     lines = [Line(e.settings["pruning_scope"], line.points, line.style) for e, line in zip(group, lines, strict=True)]
-    figure, (axis,), columns = _figure(1, [line.label for line in lines])
-    _over_sparsity(axis, lines, section)
-    axis.set_ylabel("test accuracy (%)")
-    _legend(figure, axis, columns)
     name = group[0].label.split(",")[0]
     caption = f"Accuracy of {name}, weights ranked in the network or in each layer (paper: Fig. 7b). {_behind(lines)}"
-    return _finish(figure, section, "global-local", "Global against local pruning", caption)
+    return _accuracies(section, lines, "global-local", "Global against local pruning", caption)
 
 
 def _over_layers(section: Section, field: str, label: str, name: str, title: str, text: str) -> Plot | None:
