@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import ROOT, folder_of, needs_a_compiler, script
 
+from utils import training
 from utils.data import _synthetic as synthetic
 from utils.files import read_tensors
 from utils.flags import METHODS
+from utils.signals import stop_deferred, stopping
+from utils.training import MaskedUpdate
 
 TIMES = {"seconds", "search_seconds", "train_seconds"}
 
@@ -412,10 +415,104 @@ def test_checkpoint_of_another_network_is_refused(tmp_path, tiny, capsys):
 
 def test_ctrl_c_says_how_to_go_on(tiny, monkeypatch, capsys):
     def interrupt(*args):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("train_snn_earlybird.load_data", interrupt)
     with pytest.raises(SystemExit) as stop:
         script("earlybird")(tiny)
     assert stop.value.code == 130
     assert "the same command, without --restart, goes on" in capsys.readouterr().err
+
+
+class Calls:
+    """Stands in for a function; at the chosen calls it sends this process a signal, before or after its work."""
+
+    def __init__(self, function, number=signal.SIGTERM, before=False):
+        self.function, self.number, self.before = function, number, before
+        self.count, self.signal_at = 0, set()
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        hit = self.count in self.signal_at
+        if hit and self.before:
+            os.kill(os.getpid(), self.number)
+        result = self.function(*args, **kwargs)
+        if hit and not self.before:
+            os.kill(os.getpid(), self.number)
+        return result
+
+    def __get__(self, instance, owner):
+        return lambda *args, **kwargs: self(instance, *args, **kwargs)
+
+
+def stopped_again_and_again(main, flags, calls):
+    """Run the script, stopped at every third call, until it ends; how often it was stopped."""
+    for stops in range(100):
+        calls.signal_at = {calls.count + 3}
+        code = 0
+        try:
+            main(flags)
+        except SystemExit as stop:
+            code = stop.code
+        if code == 0:
+            return stops
+        assert code == 128 + calls.number
+    return pytest.fail("it does not come to an end")
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_signal_in_an_epoch_loses_no_step(tmp_path, tiny, monkeypatch, capsys, method, before):
+    main = script(method)
+    steps = Calls(MaskedUpdate.__call__, before=before)
+    monkeypatch.setattr(MaskedUpdate, "__call__", steps)
+    main(tiny)
+    trained, steps.count = steps.count, 0
+    capsys.readouterr()
+    flags = [*tiny[:-1], str(tmp_path / "stopped" / "runs")]
+    assert stopped_again_and_again(main, flags, steps) >= 4
+    assert steps.count == trained, "a step was lost, and trained again"
+    assert_same(contents(folder_of(tmp_path, method)), contents(folder_of(tmp_path / "stopped", method)))
+    shown = capsys.readouterr()
+    assert "stopped and saved after step 3 of 3" in shown.out
+    assert "the same command, without --restart, goes on" in shown.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(("module", "name"), [(training, "forward"), (os, "replace")])
+def test_signal_anywhere_else_loses_no_epoch(tmp_path, tiny, monkeypatch, module, name, number):
+    method = "earlyT_laterewindlth"
+    main = script(method)
+    main(tiny)
+    calls = Calls(getattr(module, name), number)
+    monkeypatch.setattr(module, name, calls)
+    flags = [*tiny[:-1], str(tmp_path / "stopped" / "runs")]
+    assert stopped_again_and_again(main, flags, calls) >= 4
+    assert_same(contents(folder_of(tmp_path, method)), contents(folder_of(tmp_path / "stopped", method)))
+
+
+def test_second_signal_interrupts_the_step_and_saves_nothing_of_it(tmp_path, tiny, monkeypatch):
+    main, folder = script("laterewindlth"), folder_of(tmp_path, "laterewindlth")
+
+    def twice(*args):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the second signal was held back")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedUpdate, "__call__", twice)
+        with pytest.raises(SystemExit):
+            main(tiny)
+    assert not list(folder.rglob("*.safetensors"))
+
+
+def test_signals_that_are_ignored_stay_ignored_and_handlers_come_back():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping(), stop_deferred() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not asked
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)

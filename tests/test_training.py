@@ -134,17 +134,18 @@ def test_logged_accuracies_are_of_the_trained_network(stage):
 
 def test_what_is_observed_after_an_epoch_stands_in_its_row_and_its_time_does_not(stage, monkeypatch):
     model, data, args, run = stage()
-    seen, clock = [], itertools.count()
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    seen, real = [], time.perf_counter
+    monkeypatch.setattr("time.perf_counter", lambda: real() + 1000 * len(seen))
 
     def observe():
-        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        time.perf_counter()  # a second passes
+        seen.append(
+            {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        )  # a quarter of an hour passes
         return {"observed": len(seen)}
 
     fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(2), 2, run, observe=observe)
     assert [row["observed"] for row in run.rows] == [1, 2]
-    assert [row["seconds"] for row in run.rows] == [1, 1]
+    assert all(0 < row["seconds"] < 1000 for row in run.rows)
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
     assert not torch.equal(seen[0]["stem.weight"], seen[1]["stem.weight"])
 

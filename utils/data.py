@@ -71,8 +71,10 @@ class Split:
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
             yield normalise(images, mean, std), labels
 
-    def augmented_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch in random order: normalised augmented images fp32 [B,C,H,W] and labels [B].
+    def augmented_batches(
+        self, batch_size: int, generator: torch.Generator, first: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order, from batch ``first`` on: normalised augmented images fp32 [B,C,H,W], labels [B].
 
         All that is random comes from the CPU ``generator`` before the first batch.
         """
@@ -80,7 +82,7 @@ class Split:
         mean, std = self._statistics()
         order = torch.randperm(len(self), generator=generator).to(device)
         draws = draw(self.spec.recipe, len(self), tuple(self.images.shape[-2:]), generator).to(device)
-        for start in range(0, len(self), batch_size):
+        for start in range(first * batch_size, len(self), batch_size):
             part = slice(start, start + batch_size)
             images = augment(self.images[order[part]], self.spec.recipe, draws[part])
             yield normalise(images, mean, std), self.labels[order[part]]

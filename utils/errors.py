@@ -1,10 +1,13 @@
 """What a user sees when something is wrong: one line, and an exit code."""
 
 import functools
+import signal
 import sys
 from pathlib import Path
 
 import torch
+
+from .signals import Stopped, stopping
 
 
 class InputError(Exception):
@@ -16,12 +19,14 @@ class DivergedError(Exception):
 
 
 def one_line_errors(main):
-    """Let a script's ``main(argv)`` end with one line instead of a traceback for what is not a fault of the program."""
+    """Let a script's ``main(argv)`` end with one line instead of a traceback for what is not a fault of the program,
+    and with 128 + its number for a signal."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
-            return main(argv)
+            with stopping():
+                return main(argv)
         except (InputError, OSError) as error:
             code, line = 2, f"error: {error}"
         except RuntimeError as error:  # torch has no class of its own for memory of the CPU
@@ -30,8 +35,9 @@ def one_line_errors(main):
                 raise
         except DivergedError as error:
             code, line = 1, f"error: {error}"
-        except KeyboardInterrupt:
-            code, line = 130, "stopped: the same command, without --restart, goes on from the last finished epoch"
+        except KeyboardInterrupt as stop:
+            code = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+            line = "stopped: the same command, without --restart, goes on from the last checkpoint"
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         raise SystemExit(code)
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +30,7 @@ FORMAT = 2
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "safetensors")
 WRITTEN = ("args.json", "metrics.jsonl", "results.json", "tickets", "checkpoints", "tensorboard")
 REMEDY = "use another --exp_name, or --restart to delete that run and start over"
+INTERRUPTED = "interrupted"  # the checkpoint of an epoch that was stopped before its end
 _ABSENT = object()
 
 EPOCH_FIELDS = {
@@ -42,6 +44,16 @@ RESULT_FIELDS = {
 }  # fmt: skip
 # where things are, what they hold has a checksum; and what is only shown
 MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket", "tensorboard")
+
+
+@dataclass
+class Progress:
+    """What is done of an epoch of training."""
+
+    losses: Tensor  # [steps], each summed over its batch; 0 where not done
+    correct: Tensor  # int64 [], images
+    step: int = 0  # steps that are done
+    seconds: float = 0.0
 
 
 class Run:
@@ -66,6 +78,7 @@ class Run:
         self.rows, self.results = [], []
         self.position = 0  # where in the rows the next epoch belongs
         self.starts: dict[Path, str] = {}  # checksums of the states that stages started from
+        self.start: str | None = None  # of the newest one
         if args.restart:
             return
         if self._path("args.json").exists():
@@ -118,7 +131,7 @@ class Run:
         Raises:
             InputError: the checkpoint is damaged or another one's, or the log lacks its epochs.
         """
-        self.starts[checkpoint] = checksum(model.state_dict())
+        self.start = self.starts[checkpoint] = checksum(model.state_dict())
         first = epochs.start
         if checkpoint.exists():
             first = load_checkpoint(checkpoint, model, optimizer, recent, self.starts[checkpoint])
@@ -151,15 +164,46 @@ class Run:
             optimizer: its state, or None where nothing is left to train.
             recent: the masks of the last epochs of an Early-Bird search.
         """
-        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        if optimizer is not None:
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items() if tensor is not None}
+        tensors = _state(model, optimizer)
         for position, mask in enumerate(recent):
             tensors |= {f"recent.{position}.{name}": m for name, m in mask.items()}
         metadata = {"format": FORMAT, "stage": checkpoint.stem, "start": self.starts[checkpoint]}
         metadata |= {"epoch": epoch, "masks": len(recent)}
         write_tensors(checkpoint, tensors, metadata)
+        self.checkpoint(INTERRUPTED).unlink(missing_ok=True)
+
+    def save_epoch(
+        self, phase: str, level: int, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    ) -> None:
+        """Write an epoch that is stopped before its end, beside the checkpoint of the one before."""
+        tensors = _state(model, optimizer) | {"losses": progress.losses, "correct": progress.correct}
+        metadata = {"format": FORMAT, "phase": phase, "level": level, "epoch": epoch, "start": self.start}
+        write_tensors(
+            self.checkpoint(INTERRUPTED), tensors, metadata | {"step": progress.step, "seconds": progress.seconds}
+        )
+
+    def resume_epoch(
+        self, phase: str, level: int, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+    ) -> Progress:
+        """Begin an epoch of ``steps`` steps, or go on with the one that was stopped, if it was this: its state is read
+        into model and optimizer."""
+        device = next(model.parameters()).device
+        begun = Progress(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.long, device=device))
+        path = self.checkpoint(INTERRUPTED)
+        if not path.exists():
+            return begun
+        here = {"format": FORMAT, "phase": phase, "level": level, "epoch": epoch, "start": self.start}
+        try:
+            tensors, metadata = read_tensors(path, "its epoch starts over")
+        except InputError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            return begun
+        if here.items() <= metadata.items() and tensors["losses"].shape == begun.losses.shape:
+            _load_state(tensors, model, optimizer)
+            begun.losses.copy_(tensors["losses"])
+            begun.correct.copy_(tensors["correct"])
+            begun.step, begun.seconds = metadata["step"], metadata["seconds"]
+        return begun
 
     def generator(self, level: int, epoch: int) -> torch.Generator:
         """CPU generator of an epoch; it depends on ``--seed``, ``--round``, the level and the epoch alone."""
@@ -478,6 +522,25 @@ def _git_commit(root: Path) -> str | None:
         return None
 
 
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Parameters, statistics, and what the optimizer remembers."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if optimizer is not None:
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in state.items() if tensor is not None}
+    return tensors
+
+
+def _load_state(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    model.load_state_dict(part(tensors, "model."))
+    if optimizer is not None:
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in part(tensors, "optimizer.").items():
+            index, key = name.split(".")
+            states.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def load_checkpoint(
     path: Path,
     model: nn.Module,
@@ -504,13 +567,7 @@ def load_checkpoint(
             raise ValueError(f"format {metadata['format']}, this program reads {FORMAT}")
         if start is not None and (metadata["stage"], metadata["start"]) != (path.stem, start):
             raise ValueError(f"it is of stage {metadata['stage']}, or started from other weights or another mask")
-        model.load_state_dict(part(tensors, "model."))
-        if optimizer is not None:
-            states: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in part(tensors, "optimizer.").items():
-                index, key = name.split(".")
-                states.setdefault(int(index), {})[key] = tensor
-            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        _load_state(tensors, model, optimizer)
         if recent is not None:
             device = next(model.parameters()).device
             recent.extend(

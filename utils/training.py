@@ -16,6 +16,7 @@ from .data import Data, Split
 from .errors import DivergedError
 from .masks import Mask, prunable
 from .runs import Run, clock
+from .signals import Stopped, stop_deferred
 
 EVALUATION_BATCH = {"cpu": 100, "cuda": 500}  # images; on a CPU larger ones leave its caches and are slower
 SECONDS_BETWEEN_READS = 0.5  # a read of the loss waits for the device
@@ -83,7 +84,8 @@ def fit(
     """Train for a range of epochs of the one absolute schedule; pruned weights are exactly 0 after every step.
 
     An epoch's order and augmentation depend on the seed, the level and the epoch alone. With a checkpoint, training
-    goes on from it, and a range that it has finished is read back instead.
+    goes on from it, and a range that it has finished is read back instead. An epoch that a signal stopped goes on with
+    its next step.
 
     Args:
         model: trained in place.
@@ -102,38 +104,44 @@ def fit(
 
     Raises:
         DivergedError: the loss or the weights are not finite; the checkpoint of the epoch before stays.
+        Stopped: a signal came; the epoch is saved as far as it is done.
     """
     first = epochs.start
     if checkpoint is not None:
         first = run.resume(checkpoint, phase, level, epochs, model, optimizer)
-    update = MaskedUpdate(optimizer, model, mask)
+    update, images = MaskedUpdate(optimizer, model, mask), len(data.train)
     for epoch in range(first, epochs.stop):
         update.set_learning_rate(learning_rate(args, epoch, level))
         title = f"{phase} level {level} epoch {epoch + 1}/{args.end_iter} T={timesteps}"
-        started = time.perf_counter()
-        batches = data.train.augmented_batches(args.batch_size, run.generator(level, epoch))
+        progress = run.resume_epoch(phase, level, epoch, model, optimizer, math.ceil(images / args.batch_size))
+        batches = data.train.augmented_batches(args.batch_size, run.generator(level, epoch), progress.step)
         left = partial(run.time_left, phase, timesteps)
-        loss, accuracy = _train_epoch(model, batches, len(data.train), update, timesteps, args, title, left)
-        seconds = time.perf_counter() - started
-        _check_weights(model, title, update.learning_rate)
         last = epoch + 1 == args.end_iter
         tested = last or (epoch + 1) % args.valid_freq == 0
-        run.log_epoch(
-            phase=phase,
-            level=level,
-            epoch=epoch,
-            timesteps=timesteps,
-            lr=update.learning_rate,
-            loss=loss,
-            train_accuracy=accuracy,
-            test_accuracy=evaluate(model, data.test, timesteps, args.precision) if tested else None,
-            seconds=seconds,
-            **(observe() if observe is not None else {}),
-        )
-        run.report_epoch(title, images_per_second=len(data.train) / seconds)
-        if checkpoint is not None:
-            # the last epoch of the schedule leaves nothing to go on with
-            run.save_checkpoint(checkpoint, epoch + 1, model, None if last else optimizer)
+        try:
+            loss, accuracy = _train_epoch(model, images, batches, progress, update, timesteps, args, title, left)
+            _check_weights(model, title, update.learning_rate)
+            run.log_epoch(
+                phase=phase,
+                level=level,
+                epoch=epoch,
+                timesteps=timesteps,
+                lr=update.learning_rate,
+                loss=loss,
+                train_accuracy=accuracy,
+                test_accuracy=evaluate(model, data.test, timesteps, args.precision) if tested else None,
+                seconds=progress.seconds,
+                **(observe() if observe is not None else {}),
+            )
+            run.report_epoch(title, images_per_second=images / progress.seconds)
+            if checkpoint is not None:
+                # the last epoch of the schedule leaves nothing to go on with
+                run.save_checkpoint(checkpoint, epoch + 1, model, None if last else optimizer)
+        except Stopped:
+            _check_weights(model, title, update.learning_rate)
+            run.save_epoch(phase, level, epoch, model, optimizer, progress)
+            print(f"{title}: stopped and saved after step {progress.step} of {len(progress.losses)}", flush=True)
+            raise
 
 
 class MaskedUpdate:
@@ -168,33 +176,38 @@ class MaskedUpdate:
             torch._foreach_mul_(self.weights, self.keep)
 
 
-def _train_epoch(model, batches, images, update, timesteps, args, title, time_left) -> tuple[float, float]:
-    """One pass over the training images: mean loss, and accuracy in % on the augmented images."""
+def _train_epoch(model, images, batches, progress, update, timesteps, args, title, time_left) -> tuple[float, float]:
+    """What is left of one pass over the training images: mean loss, and accuracy in % on the augmented images. A
+    signal to stop waits for the end of the step."""
     model.train()
-    device = torch.device(args.device)
-    losses = torch.zeros(math.ceil(images / args.batch_size), device=device)  # summed over each batch
-    correct = torch.zeros((), dtype=torch.long, device=device)
-    seen, started = 0, time.monotonic()
-    next_read = started + SECONDS_BETWEEN_READS
-    with tqdm(total=images, desc=title, unit="image", leave=False, file=sys.stdout, disable=None) as bar:
-        for step, (inputs, labels) in enumerate(batches):
+    began = progress.step
+    started = time.perf_counter() - progress.seconds
+    next_read = time.perf_counter() + SECONDS_BETWEEN_READS
+    seen = min(progress.step * args.batch_size, images)
+    bar = tqdm(total=images, initial=seen, desc=title, unit="image", leave=False, file=sys.stdout, disable=None)
+    with bar, stop_deferred() as asked:
+        for inputs, labels in batches:
             logits = forward(model, inputs, timesteps, args.precision, min(args.batch_size, images))
             loss = loss_over_time(logits, labels)
             update(loss)
-            losses[step] = loss.detach() * len(labels)
-            correct += (logits.detach().mean(0).argmax(-1) == labels).sum()
+            progress.losses[progress.step] = loss.detach() * len(labels)
+            progress.correct += (logits.detach().mean(0).argmax(-1) == labels).sum()
+            progress.step += 1
             seen += len(labels)
             bar.update(len(labels))
-            now = time.monotonic()
-            if now > next_read:
-                _check_finite(losses, title, update.learning_rate)
-                elapsed = now - started
-                left = clock(time_left(elapsed * images / seen) - elapsed)
-                loss, accuracy = losses.sum().item() / seen, 100 * correct.item() / seen
+            progress.seconds = time.perf_counter() - started
+            if asked:
+                break
+            if time.perf_counter() > next_read:
+                _check_finite(progress.losses, title, update.learning_rate)
+                left = clock(time_left(progress.seconds * images / seen) - progress.seconds)
+                loss, accuracy = progress.losses.sum().item() / seen, 100 * progress.correct.item() / seen
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %, run {left} left")
-                next_read = now + SECONDS_BETWEEN_READS
-    _check_finite(losses, title, update.learning_rate)
-    return losses.sum().item() / images, 100 * correct.item() / images
+                next_read = time.perf_counter() + SECONDS_BETWEEN_READS
+    _check_finite(progress.losses, title, update.learning_rate)
+    if progress.step > began:
+        progress.seconds = time.perf_counter() - started  # the device is done, too
+    return progress.losses.sum().item() / images, 100 * progress.correct.item() / images
 
 
 def _check_finite(losses: Tensor, title: str, rate: float) -> None:

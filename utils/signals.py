@@ -1,0 +1,64 @@
+"""SIGTERM, Ctrl-C and a closed terminal: a run stops between two steps, where it can be gone on with."""
+
+import signal
+import threading
+from contextlib import contextmanager
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Stopped(KeyboardInterrupt):
+    """The user, or the machine, asked the program to stop, and it stands where it may.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
+@contextmanager
+def stopping():
+    """Within, each of the signals raises ``Stopped``, wherever the program is."""
+
+    def stop(number, frame):
+        raise Stopped(number)
+
+    with _handled_by(stop):
+        yield
+
+
+@contextmanager
+def stop_deferred():
+    """Within, a signal waits: it is put into the list that is yielded, for the program to look at, and ``Stopped`` is
+    raised at the end. A second signal interrupts at once, wherever the program is."""
+    asked = []
+
+    def note(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    with _handled_by(note):
+        yield asked
+    if asked:
+        raise Stopped(asked[0])
+
+
+@contextmanager
+def _handled_by(handler):
+    """Only the main thread is told of signals; one that is ignored (``nohup``) stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: action for number, action in before.items() if action not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
