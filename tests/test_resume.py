@@ -2,23 +2,27 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import ROOT, folder_of, needs_a_compiler, script
+from conftest import ROOT, TINY, folder_of, needs_a_compiler, script
 
 from utils import training
 from utils.data import _synthetic as synthetic
-from utils.files import read_tensors
+from utils.files import TEMPORARY, checksum, read_tensors, sealed, unsealed, write_tensors
 from utils.flags import METHODS
+from utils.runs import COPY, PREVIOUS
 from utils.signals import stop_deferred, stopping
 from utils.training import MaskedUpdate
 
-TIMES = {"seconds", "search_seconds", "train_seconds"}
+TIMES = {"seconds", "search_seconds", "train_seconds", "checksum"}
 
 
 def without_times(value):
@@ -32,8 +36,9 @@ def contents(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.suffix == ".safetensors":
-            found[name] = read_tensors(path, "")
+        if path.suffix == ".safetensors" and path.stem != PREVIOUS:
+            tensors, metadata = read_tensors(path, "")
+            found[name] = tensors, without_times(metadata)
         elif path.name == "metrics.jsonl":
             found[name] = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
         elif path.name == "results.json":
@@ -66,7 +71,8 @@ def kill_at(monkeypatch, nth, renamed):
         nonlocal count
         count += 1
         if count == nth and not renamed:
-            os.truncate(source, os.path.getsize(source) // 2)
+            if str(source).endswith(TEMPORARY):  # not the checkpoint that makes room
+                os.truncate(source, os.path.getsize(source) // 2)
             raise Killed
         real(source, target)
         if count == nth:
@@ -266,30 +272,93 @@ def pickle_instead(path):
     torch.save({"epoch": 3}, path)
 
 
-SAFETENSORS = ("checkpoints/level_00.safetensors", "tickets/level_01.safetensors")
-DAMAGE = [(name, damage) for name in SAFETENSORS for damage in (damage_middle, truncate, empty, pickle_instead)]
-DAMAGE += [(name, damage) for name in ("metrics.jsonl", "args.json") for damage in (truncate, empty, pickle_instead)]
+def another_digit(path):
+    text = path.read_text()
+    place = next(i for i in reversed(range(len(text))) if text[i].isdigit() and text[i - 1] in ". ")
+    path.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
 
 
-@pytest.mark.parametrize(("name", "damage"), DAMAGE)
-def test_damaged_file_is_named_and_nothing_is_lost(tmp_path, tiny, monkeypatch, capsys, name, damage):
-    main = script("laterewindlth")
-    with monkeypatch.context() as patch:
-        kill_at(patch, 14, True)
+DAMAGE = [truncate, empty, pickle_instead]
+CHECKPOINTS = ("checkpoints/level_00.safetensors", "checkpoints/level_01.safetensors", "tickets/level_01.safetensors")
+TEXTS = ("metrics.jsonl", "results.json", "args.json")
+DAMAGED = [(name, damage) for name in CHECKPOINTS for damage in [*DAMAGE, damage_middle]]
+DAMAGED += [(name, damage) for name in TEXTS for damage in [*DAMAGE, another_digit]]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder with runs, of which one was killed, and what the run ends with if it is not."""
+    folder = tmp_path_factory.mktemp("killed")
+    flags = [*TINY, "--output_dir", str(folder / "runs")]
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, 22, True)
         with pytest.raises(Killed):
-            main(tiny)
+            script("laterewindlth")(flags)
+    shutil.copytree(folder / "runs", folder / "whole" / "runs")
+    script("laterewindlth")([*TINY, "--output_dir", str(folder / "whole" / "runs")])
+    return folder / "runs", contents(folder_of(folder / "whole", "laterewindlth"))
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGED)
+def test_damaged_file_is_named_and_nothing_is_lost(tmp_path, tiny, killed, capsys, name, damage):
+    shutil.copytree(killed[0], tmp_path / "runs")
     folder = folder_of(tmp_path, "laterewindlth")
     damage(folder / name)
+    script("laterewindlth")(tiny)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert warning.startswith(f"warning: {folder / name} is damaged (")
+    assert_same(killed[1], contents(folder))
+
+
+def test_newest_checkpoint_falls_back_to_the_one_before(tmp_path, tiny, killed, monkeypatch):
+    shutil.copytree(killed[0], tmp_path / "runs")
+    folder = folder_of(tmp_path, "laterewindlth")
+    newest, before = folder / "checkpoints/level_01.safetensors", folder / "checkpoints/previous.safetensors"
+    assert (read_tensors(newest, "")[1]["epoch"], read_tensors(before, "")[1]["epoch"]) == (4, 3)
+    damage_middle(newest)
+    steps = Calls(MaskedUpdate.__call__)
+    monkeypatch.setattr(MaskedUpdate, "__call__", steps)
+    script("laterewindlth")(tiny)
+    assert steps.count == 3 * (1 + 2), "one epoch of level 1 and the two of level 2"
+    assert (folder / "checkpoints/level_01.damaged").exists()
+
+
+def test_flags_that_are_damaged_in_both_places_are_refused(tmp_path, tiny, killed, capsys):
+    shutil.copytree(killed[0], tmp_path / "runs")
+    folder = folder_of(tmp_path, "laterewindlth")
+    for name in ("args.json", COPY):
+        another_digit(folder / name)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        main(tiny)
+        script("laterewindlth")(tiny)
     assert stop.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert str(folder / name) in error
-    assert "damaged" in error
-    assert "remove it" in error or "--restart" in error
+    assert f"{folder / COPY} is damaged (a checksum does not match)" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_earlier_version_is_refused_by_name(tmp_path, tiny, killed, capsys):
+    shutil.copytree(killed[0], tmp_path / "runs")
+    folder = folder_of(tmp_path, "laterewindlth")
+    checkpoint = folder / "checkpoints/level_01.safetensors"
+    tensors, metadata = read_tensors(checkpoint, "")
+    header = {"metadata": json.dumps(metadata | {"format": 2}), "checksum": checksum(tensors)}
+    whole = checkpoint.read_bytes()
+    for write in (
+        lambda: safetensors.torch.save_file(tensors, checkpoint, header),
+        lambda: write_tensors(checkpoint, tensors, metadata | {"format": 2}),
+    ):
+        write()
+        with pytest.raises(SystemExit) as stop:
+            script("laterewindlth")(tiny)
+        assert stop.value.code == 2
+        assert re.search(rf"{checkpoint} .*(earlier version|format 2, this program reads 3)", capsys.readouterr().err)
+    checkpoint.write_bytes(whole)
+    (folder / "args.json").write_text(json.dumps(unsealed(json.loads((folder / "args.json").read_text()))))
+    (folder / COPY).unlink()
+    with pytest.raises(SystemExit) as stop:
+        script("laterewindlth")(tiny)
+    assert stop.value.code == 2
+    assert f"{folder / 'args.json'} was written by an earlier version" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -370,24 +439,25 @@ def test_other_images_are_refused(tmp_path, tiny, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "value"),
     [
-        ("results.json", '[{"level": 2}]'),
-        ("results.json", '{"level": 2}'),
-        ("metrics.jsonl", '{"phase": "search", "level": "0", "epoch": 0, "timesteps": 3, "seconds": 1}'),
-        ("metrics.jsonl", "[1]"),
-        ("args.json", "[]"),
+        ("results.json", [{"level": 2}]),
+        ("results.json", {"level": 2}),
+        ("metrics.jsonl", {"phase": "search", "level": "0", "epoch": 0, "timesteps": 3, "seconds": 1}),
+        ("metrics.jsonl", [1]),
+        ("args.json", []),
     ],
 )
-def test_wrong_types_are_damage(tmp_path, tiny, capsys, name, text):
+def test_wrong_types_are_damage_whatever_their_checksum(tmp_path, tiny, capsys, name, value):
     main = script("earlybird")
     main(tiny)
-    path = folder_of(tmp_path, "earlybird") / name
-    path.write_text(text)
-    with pytest.raises(SystemExit) as stop:
-        main(tiny)
-    assert stop.value.code == 2
-    assert f"{path} is damaged" in capsys.readouterr().err
+    folder = folder_of(tmp_path, "earlybird")
+    whole = contents(folder)
+    rows = [sealed(row) if isinstance(row, dict) else row for row in (value if isinstance(value, list) else [value])]
+    (folder / name).write_text(json.dumps(rows if isinstance(value, list) else rows[0]))
+    main(tiny)
+    assert f"{folder / name} is damaged (" in capsys.readouterr().err
+    assert_same(whole, contents(folder))
 
 
 def test_runs_without_git(tmp_path, tiny, monkeypatch):

@@ -138,9 +138,7 @@ def test_what_is_observed_after_an_epoch_stands_in_its_row_and_its_time_does_not
     monkeypatch.setattr("time.perf_counter", lambda: real() + 1000 * len(seen))
 
     def observe():
-        seen.append(
-            {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        )  # a quarter of an hour passes
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return {"observed": len(seen)}
 
     fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(2), 2, run, observe=observe)

@@ -1,6 +1,7 @@
 """What a user sees when something is wrong: one line, and an exit code."""
 
 import functools
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,14 @@ from .signals import Stopped, stopping
 
 class InputError(Exception):
     """Something the user gave (a flag, a file, a folder) cannot be used; the message says what to do. Exit code 2."""
+
+
+class DamagedError(InputError):
+    """A file does not hold what was once written to it."""
+
+
+class InUseError(Exception):
+    """Another process is at the run. Exit code 75 (EX_TEMPFAIL): the same command can be tried again later."""
 
 
 class DivergedError(Exception):
@@ -35,6 +44,8 @@ def one_line_errors(main):
                 raise
         except DivergedError as error:
             code, line = 1, f"error: {error}"
+        except InUseError as error:
+            code, line = os.EX_TEMPFAIL, f"{error}: wait for it, or use another --exp_name"
         except KeyboardInterrupt as stop:
             code = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
             line = "stopped: the same command, without --restart, goes on from the last checkpoint"

@@ -2,26 +2,31 @@
 
 import json
 import os
+import socket
 import zlib
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .errors import InputError
+from .errors import DamagedError, InputError, InUseError
 
 TEMPORARY = ".tmp"  # ending of a file that is being written; one left behind by a killed run is worthless
 
 
-def _replace(path: Path, write) -> None:
+def _replace(path: Path, write, before: Path | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY)
+    # two processes may write one file, the cache of a data set
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        if before is not None and path.exists():
+            os.replace(path, before)
         os.replace(temporary, path)
     except Exception:
         temporary.unlink(missing_ok=True)
@@ -47,27 +52,69 @@ def read_json(path: Path, remedy: str):
     """Read a JSON file.
 
     Raises:
-        InputError: it is not JSON; the message names the file and the remedy.
+        DamagedError: it is not JSON; the message names the file and the remedy.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
-    """Write tensors and JSON metadata as safetensors with a checksum, whole or not at all."""
+def hold(path: Path, complaint: str) -> FileLock:
+    """Take the lock that a file stands for. It is held until it is released, or the process ends, however it ends.
+
+    Args:
+        path: the file, which stays. The holder's name stands in another one beside it.
+        complaint: what the message begins with if another process holds it.
+
+    Raises:
+        InUseError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(path, timeout=0, is_singleton=True), path.with_name(path.name + ".holder")
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InUseError(f"{complaint} by {holder.read_text() if holder.exists() else 'another process'}") from error
+    write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+    return lock
+
+
+def sealed(row: dict) -> dict:
+    """The row with a checksum of all that it holds, in the field ``checksum``."""
+    return row | {"checksum": checksum({}, json.dumps(row, sort_keys=True))}
+
+
+def unsealed(row) -> dict:
+    """The row that was sealed.
+
+    Raises:
+        ValueError: it is no JSON object, or has changed since.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    held = {name: value for name, value in row.items() if name != "checksum"}
+    if row.get("checksum") != sealed(held)["checksum"]:
+        raise ValueError("a checksum does not match")
+    return held
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict, before: Path | None = None) -> None:
+    """Write tensors and JSON metadata as safetensors with a checksum, whole or not at all. A file that is there is kept
+    as ``before``, if that is given."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"metadata": json.dumps(metadata), "checksum": checksum(tensors)}
+    text = json.dumps(metadata)
+    header = {"metadata": text, "checksum": checksum(tensors, text)}
     # through bytes: save_file would make a file that only its owner may read
-    _replace(path, lambda temporary: temporary.write_bytes(safetensors.torch.save(tensors, header)))
+    _replace(path, lambda temporary: temporary.write_bytes(safetensors.torch.save(tensors, header)), before)
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict]:
     """Read what ``write_tensors`` wrote: CPU tensors by name, and the metadata.
 
     Raises:
-        InputError: the file is damaged or of another kind; the message names it and the remedy.
+        DamagedError: the file is damaged or of another kind; the message names it and the remedy.
+        InputError: it is of an earlier version.
         OSError: it cannot be opened.
     """
     with path.open("rb"):
@@ -78,16 +125,20 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict]:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
         metadata = json.loads(header["metadata"])
-        if header["checksum"] != checksum(tensors):
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata are no JSON object")
+        if header["checksum"] == checksum(tensors):
+            raise InputError(f"{path} was written by an earlier version, this one does not read it: {remedy}")
+        if header["checksum"] != checksum(tensors, header["metadata"]):
             raise ValueError("its checksum does not match")
     except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}") from error
+        raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
     return tensors, metadata
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """A checksum of names, types, shapes and values, the same on every device."""
-    crc = 0
+def checksum(tensors: dict[str, Tensor], text: str = "") -> str:
+    """A checksum of names, types, shapes and values, the same on every device, and of a text beside them."""
+    crc = zlib.crc32(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)

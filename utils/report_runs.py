@@ -14,9 +14,8 @@ from pathlib import Path
 from statistics import mean, mode, stdev
 
 from .errors import InputError
-from .files import read_json
 from .flags import METHODS, make_parser, reported_levels, uses_early_time, uses_rewinding, without_effect
-from .runs import EPOCH_FIELDS, RESULT_FIELDS, check_fields
+from .records import EPOCH_FIELDS, RESULT_FIELDS, check_fields, read_args, read_results, read_rows
 
 NAMES = {
     "laterewindlth": "IMP", "earlyT_laterewindlth": "IMP + ET", "earlybird": "EB", "earlyT_earlybird": "EB + ET",
@@ -28,7 +27,7 @@ PLACE = ("round", "output_dir", "exp_name", "data_dir", "device", "tensorboard",
 CIRCUMSTANCES = ("effective_seed", "versions", "device_name", "threads", "git_commit")
 HOW_SPARSE = ("sparsity_round", "prune_iterations", "evaluate_levels")
 TICKET = ("ticket", "ticket_checksum", "ticket_level", "ticket_epoch", "control")  # the label names them in its own way
-NO_SETTING = {"method", *SIZE, *PLACE, *CIRCUMSTANCES, *HOW_SPARSE, *TICKET}
+NO_SETTING = {"method", "format", *SIZE, *PLACE, *CIRCUMSTANCES, *HOW_SPARSE, *TICKET}
 # section 4.1 of the paper; epochs are those of its four data sets
 PAPER_EPOCHS = {"svhn": 150, "fmnist": 150, "cifar10": 300, "cifar100": 300}
 PAPER_SETTING = {
@@ -225,21 +224,16 @@ def read_run(path: Path, folder: str) -> Found:
         InputError: a file is damaged; the message names it.
     """
     remedy = "the run is left out"
+    args = read_args(path / "args.json", remedy)
+    rows, results = read_rows(path / "metrics.jsonl", remedy), read_results(path / "results.json", remedy)
     name = path / "args.json"
     try:
-        args = read_json(name, remedy)
         check_fields(args, ARGS_FIELDS)
         check_fields(args, {flag: kind for flag, kind in MORE_ARGS_FIELDS.items() if flag in args})
-        name, rows = path / "metrics.jsonl", []
-        if name.exists():
-            rows = [json.loads(line) for line in name.read_text(encoding="utf-8").splitlines()]
+        name = path / "metrics.jsonl"
         for row in rows:
             _check_row(row, EPOCH_FIELDS, MORE_EPOCH_FIELDS)
-        name, results = path / "results.json", []
-        if name.exists():
-            results = read_json(name, remedy)
-        if not isinstance(results, list):
-            raise TypeError("no list of results")
+        name = path / "results.json"
         for row in results:
             _check_row(row, RESULT_FIELDS, MORE_RESULT_FIELDS)
             row["round"] = args["round"]

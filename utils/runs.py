@@ -5,6 +5,7 @@ checkpoints and goes on with the interrupted one, so all that the script derives
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,28 +21,25 @@ from torch import Tensor, nn
 from .activity import measure
 from .curves import Curves
 from .data import Data, Split
-from .errors import InputError
-from .files import TEMPORARY, checksum, part, read_json, read_tensors, write_json, write_tensors, write_text
+from .errors import DamagedError, InputError
+from .files import TEMPORARY, checksum, hold, part, read_tensors, sealed, write_json, write_tensors, write_text
 from .flags import planned_epochs, reported_levels
 from .masks import Mask, emptied_layers, layer_sparsity, sparsity
+from .records import read_args, read_results, read_rows
+from .signals import stop_deferred
 from .tickets import load_ticket
 
-FORMAT = 2
+FORMAT = 3
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "safetensors")
 WRITTEN = ("args.json", "metrics.jsonl", "results.json", "tickets", "checkpoints", "tensorboard")
 REMEDY = "use another --exp_name, or --restart to delete that run and start over"
+COPY = "checkpoints/flags.json"  # of args.json
+PREVIOUS = "previous"  # the checkpoint that the newest one took the place of
 INTERRUPTED = "interrupted"  # the checkpoint of an epoch that was stopped before its end
+REMOVE = "remove it and results.json to train this stage again, or use --restart"
+RESTORED = "it is restored from the checkpoints"
 _ABSENT = object()
 
-EPOCH_FIELDS = {
-    "phase": str, "level": int, "epoch": int, "timesteps": int, "seconds": (int, float),
-    "test_accuracy": (int, float, type(None)),
-}  # fmt: skip
-RESULT_FIELDS = {
-    "level": int, "sparsity": (int, float), "sparsity_all_parameters": (int, float), "timesteps": int,
-    "search_timesteps": int, "test_accuracy": (int, float), "best_test_accuracy": (int, float),
-    "search_seconds": (int, float), "search_epochs": int, "search_timestep_epochs": int,
-}  # fmt: skip
 # where things are, what they hold has a checksum; and what is only shown
 MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket", "tensorboard")
 
@@ -76,33 +74,39 @@ class Run:
             raise InputError(f"{args.ticket} lies in this run's own folder: give the run another --exp_name")
         self.curves = Curves(self._path("tensorboard")) if args.tensorboard else None
         self.rows, self.results = [], []
+        self.damage: list[str] = []  # what is wrong with these files
         self.position = 0  # where in the rows the next epoch belongs
-        self.starts: dict[Path, str] = {}  # checksums of the states that stages started from
-        self.start: str | None = None  # of the newest one
-        if args.restart:
-            return
-        if self._path("args.json").exists():
-            self._refuse_other_flags()
-            self.rows, self.results = self._read_rows(), self._read_results()
-        elif any(self._path(name).exists() for name in WRITTEN):
-            raise InputError(f"{self.folder} holds a run without args.json: use another --exp_name, or --restart")
+        self.stage: tuple[str, int] | None = None  # phase and level of the newest stage
+        self.start: str | None = None  # checksum of the state that it started from
+        if not args.restart:
+            self._read()
 
     def begin(self, data: Data) -> None:
-        """Make the folder ready to be written to. Call it once nothing the user gave can turn out wrong any more: with
-        ``--restart`` this is where an earlier run is deleted.
+        """Take the folder and make it ready to be written to. Call it once nothing the user gave can turn out wrong any
+        more: with ``--restart`` this is where an earlier run is deleted.
 
         Raises:
+            InUseError: another process is at this run.
             InputError: the run was begun with other images.
         """
-        path = self._path("args.json")
+        self.lock = hold(self._path("lock"), f"{self.folder} is in use")
         if self.args.restart:
             for name in WRITTEN:
                 _delete(self._path(name))
-        images = data.checksum()
-        if not path.exists():
-            write_json(path, self._flags() | _circumstances(self.args, self.seed) | {"data_checksum": images})
-        elif read_json(path, REMEDY).get("data_checksum") != images:
+        before = self._read()  # the process that had the folder may have gone on
+        for line in self.damage:
+            print(f"warning: {line}", file=sys.stderr)
+        images, now = data.checksum(), _circumstances(self.args, self.seed)
+        if before is None:
+            before = self._flags() | now | {"data_checksum": images, "format": FORMAT}
+        if before.get("data_checksum") != images:
             raise InputError(f"{self.folder} was begun with other images than there are now: {REMEDY}")
+        for path in (self._path("args.json"), self._path(COPY)):
+            if self.damage or not path.exists():
+                write_json(path, sealed(before))
+        for name in ("versions", "device_name", "threads"):
+            if before.get(name) != now[name]:
+                print(f"note: {self.folder} was begun with {name} {before.get(name)}, now there are {now[name]}")
         for leftover in self.folder.rglob(f"*{TEMPORARY}"):
             leftover.unlink()
 
@@ -129,23 +133,48 @@ class Run:
             The epoch to go on with; the first of ``epochs`` if there is no checkpoint.
 
         Raises:
-            InputError: the checkpoint is damaged or another one's, or the log lacks its epochs.
+            InputError: the checkpoint is another one's. A damaged one is put aside with a warning; the one before it
+                takes its place or, where there is none, the start of the stage.
         """
-        self.start = self.starts[checkpoint] = checksum(model.state_dict())
+        self.stage, self.start = (phase, level), checksum(model.state_dict())
         first = epochs.start
-        if checkpoint.exists():
-            first = load_checkpoint(checkpoint, model, optimizer, recent, self.starts[checkpoint])
-        logged = {row["epoch"] for row in self.rows if (row["phase"], row["level"]) == (phase, level)}
-        missing = set(range(epochs.start, first)) - logged
-        if missing:
-            raise InputError(
-                f"{self._path('metrics.jsonl')} is damaged (epoch {min(missing)} of {checkpoint.stem} is missing): "
-                "--restart starts the run over"
-            )
+        metadata = self._load_newest(checkpoint, model, optimizer, recent)
+        if metadata is not None:
+            first = metadata["epoch"]
+            self._restore_rows(metadata["rows"])
         self.drop_rows(phase, level, range(first, epochs.stop))
         if self.curves is not None:
             self.curves.start_over(phase, level, self.rows)
         return first
+
+    def _load_newest(self, checkpoint: Path, model, optimizer, recent) -> dict | None:
+        """Read the newest checkpoint of the stage that is not damaged: its metadata, None if there is none."""
+        for path in filter(Path.exists, (checkpoint, self.checkpoint(PREVIOUS))):
+            aside = path.with_suffix(".damaged")
+            try:
+                tensors, metadata = read_tensors(path, f"put aside as {aside.name}, going on without it")
+            except DamagedError as error:
+                os.replace(path, aside)
+                print(f"warning: {error}", file=sys.stderr)
+            else:
+                if path == checkpoint or metadata.get("stage") == checkpoint.stem:
+                    _load_checkpoint(path, tensors, metadata, model, optimizer, recent, (checkpoint.stem, self.start))
+                    return metadata
+        return None
+
+    def _restore_rows(self, kept: list[dict]) -> None:
+        """Put epochs of the newest stage that the log has lost back to their place."""
+        stage = self._rows_of(*self.stage)
+        logged = [row["epoch"] for row in stage]
+        lost = [row for row in kept if row["epoch"] not in logged]
+        if lost:
+            if not self.damage:  # or it was said
+                self.damage.append(f"{self._path('metrics.jsonl')} is damaged (epochs are missing): {RESTORED}")
+                print(f"warning: {self.damage[0]}", file=sys.stderr)
+            place = self.rows.index(stage[0]) if stage else len(self.rows)
+            self.rows = [row for row in self.rows if row not in stage]
+            self.rows[place:place] = sorted([*stage, *lost], key=lambda row: row["epoch"])
+            self._write_rows()
 
     def save_checkpoint(
         self,
@@ -155,7 +184,8 @@ class Run:
         optimizer: torch.optim.Optimizer | None,
         recent: "deque[Mask] | tuple" = (),
     ) -> None:
-        """Write the checkpoint of a stage that ``resume`` began: tensors and numbers, nothing pickled.
+        """Write the checkpoint of the stage that ``resume`` began: tensors and numbers, nothing pickled. The one before
+        it is kept.
 
         Args:
             checkpoint: the file.
@@ -167,10 +197,12 @@ class Run:
         tensors = _state(model, optimizer)
         for position, mask in enumerate(recent):
             tensors |= {f"recent.{position}.{name}": m for name, m in mask.items()}
-        metadata = {"format": FORMAT, "stage": checkpoint.stem, "start": self.starts[checkpoint]}
-        metadata |= {"epoch": epoch, "masks": len(recent)}
-        write_tensors(checkpoint, tensors, metadata)
-        self.checkpoint(INTERRUPTED).unlink(missing_ok=True)
+        rows = [row for row in self._rows_of(*self.stage) if row["epoch"] < epoch]
+        metadata = {"format": FORMAT, "stage": checkpoint.stem, "start": self.start}
+        metadata |= {"epoch": epoch, "masks": len(recent), "rows": rows}
+        with stop_deferred():
+            write_tensors(checkpoint, tensors, metadata, before=self.checkpoint(PREVIOUS))
+            self.checkpoint(INTERRUPTED).unlink(missing_ok=True)
 
     def save_epoch(
         self, phase: str, level: int, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
@@ -221,9 +253,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        levels = reported_levels(self.args)
+        """Whether the folder holds all that the run is to find: results, tickets, and the log of their training."""
+        levels, phase = reported_levels(self.args), "search" if self.args.method == "laterewindlth" else "train"
+        last = [row["level"] for row in self.rows if (row["phase"], row["epoch"] + 1) == (phase, self.args.end_iter)]
         tickets = all(self.ticket_path(level).exists() for level in levels)
-        return tickets and [row["level"] for row in self.results] == levels
+        found = [row["level"] for row in self.results] == levels and set(levels) <= set(last)
+        return found and tickets and not self.damage
 
     # --- what is written -----------------------------------------------------------------------------------------
 
@@ -266,7 +301,7 @@ class Run:
             source: where a saved ticket came from, if this one was made of it.
 
         Raises:
-            InputError: the ticket on disk is damaged or another one.
+            InputError: the ticket on disk is another one.
         """
         empty = emptied_layers(mask)
         if empty:
@@ -274,9 +309,13 @@ class Run:
                 f"warning: at level {level} no weight is left in {', '.join(empty)}: no signal passes", file=sys.stderr
             )
         path = self.ticket_path(level)
-        if path.exists():
-            on_disk, on_disk_weights, _ = load_ticket(path)
-            if checksum(on_disk) != checksum(mask) or checksum(on_disk_weights) != checksum(weights):
+        try:
+            on_disk = load_ticket(path, "it is written again") if path.exists() else None
+        except DamagedError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            on_disk = None
+        if on_disk is not None:
+            if checksum(on_disk[0]) != checksum(mask) or checksum(on_disk[1]) != checksum(weights):
                 raise InputError(f"{path} is not the ticket that this run found: remove it to have it written again")
             return
         names = ("method", "dataset", "arch", "neuron", "width", "seed", "round", "end_iter")
@@ -338,7 +377,7 @@ class Run:
                 )
             others = [row for row in self.results if row["level"] != level]
             self.results = sorted([*others, result], key=lambda row: row["level"])
-            write_json(self._path("results.json"), self.results)
+            write_json(self._path("results.json"), [sealed(row) for row in self.results])
 
     @property
     def search_timesteps(self) -> int:
@@ -394,68 +433,50 @@ class Run:
 
     # --- files ---------------------------------------------------------------------------------------------------
 
+    def _rows_of(self, phase: str, level: int) -> list[dict]:
+        return [row for row in self.rows if (row["phase"], row["level"]) == (phase, level)]
+
     def _path(self, name: str) -> Path:
         return self.folder / name
 
     def _flags(self) -> dict:
         return {name: value for name, value in vars(self.args).items() if name != "restart"}
 
-    def _refuse_other_flags(self) -> None:
-        path = self._path("args.json")
-        before = read_json(path, REMEDY)
-        if not isinstance(before, dict):
-            raise InputError(f"{path} is damaged (no JSON object): {REMEDY}")
+    def _read(self) -> dict | None:
+        """Read what is in the folder: its flags, which have to be those of now, or None if there is no run."""
+        self.damage = []
+        before = self._read_flags()
+        if before is None:
+            if any(self._path(name).exists() for name in WRITTEN):
+                raise InputError(f"{self.folder} holds a run without args.json: use another --exp_name, or --restart")
+            return None
         # through JSON, so that what is compared has the same types
         now = json.loads(json.dumps(self._flags()))
         differ = [name for name in now if name not in MAY_DIFFER and before.get(name, _ABSENT) != now[name]]
         if differ:
             changes = ", ".join(f"--{name} was {before.get(name, 'not there')}, now {now[name]}" for name in differ)
             raise InputError(f"{self.folder} holds a run with other flags ({changes}): {REMEDY}")
-        if before.get("versions") != versions():
-            print(f"note: {self.folder} was begun with {before.get('versions')}, now there are {versions()}")
+        self.rows = self._or_none(read_rows, "metrics.jsonl", RESTORED) or []
+        self.results = self._or_none(read_results, "results.json", "it is written again") or []
+        return before
 
-    def _read_rows(self) -> list[dict]:
-        path = self._path("metrics.jsonl")
-        if not path.exists():
-            return []
+    def _read_flags(self) -> dict | None:
+        """From args.json or, if that is damaged or gone, from its copy."""
+        path, copy = self._path("args.json"), self._path(COPY)
+        if not copy.exists():
+            return read_args(path, REMEDY) if path.exists() else None
+        before = self._or_none(read_args, "args.json", f"{copy} takes its place") if path.exists() else None
+        return before or read_args(copy, REMEDY)
+
+    def _or_none(self, read, name: str, remedy: str):
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            for row in rows:
-                check_fields(row, EPOCH_FIELDS)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}): --restart starts the run over") from error
-        return rows
+            return read(self._path(name), remedy)
+        except DamagedError as error:
+            self.damage.append(str(error))
+            return None
 
     def _write_rows(self) -> None:
-        write_text(self._path("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def _read_results(self) -> list[dict]:
-        path = self._path("results.json")
-        if not path.exists():
-            return []
-        remedy = "remove it, and the same command writes it again"
-        results = read_json(path, remedy)
-        try:
-            if not isinstance(results, list):
-                raise TypeError("no list of results")
-            for row in results:
-                check_fields(row, RESULT_FIELDS)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}): {remedy}") from error
-        return results
-
-
-def check_fields(row, fields: dict) -> None:
-    """Check that a row is a JSON object that holds these fields, of these types.
-
-    Raises:
-        TypeError: it does not; the message names the field.
-    """
-    if not isinstance(row, dict):
-        raise TypeError("a row is no JSON object")
-    for name, kind in fields.items():
-        if name not in row or not isinstance(row[name], kind) or isinstance(row[name], bool):
-            raise TypeError(f"{name} of a row is {row.get(name, 'missing')!r}")
+        write_text(self._path("metrics.jsonl"), "".join(json.dumps(sealed(row)) + "\n" for row in self.rows))
 
 
 def results_table(results: list[dict]) -> str:
@@ -541,31 +562,21 @@ def _load_state(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.o
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_checkpoint(
+def _load_checkpoint(
     path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     recent: "deque[Mask] | None" = None,
-    start: str | None = None,
-) -> int:
-    """Read a checkpoint into model, optimizer and recent masks, in place; the number of epochs done.
-
-    Args:
-        path: the file.
-        model: takes the parameters and statistics.
-        optimizer: takes its state, if there is one.
-        recent: takes the masks of an Early-Bird search.
-        start: checksum of the state that the stage must have started from; None asks for no certain one.
-
-    Raises:
-        InputError: the file is damaged, does not fit the network, or is another stage's.
-    """
-    remedy = "remove it and results.json to train this stage again, or use --restart"
-    tensors, metadata = read_tensors(path, remedy)
+    wanted: tuple[str, str] | None = None,
+) -> None:
+    """Put what a checkpoint holds into model, optimizer and recent masks, if it is of the ``wanted`` stage: its name,
+    and the checksum of the state that it started from."""
     try:
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}, this program reads {FORMAT}")
-        if start is not None and (metadata["stage"], metadata["start"]) != (path.stem, start):
+        if wanted is not None and (metadata["stage"], metadata["start"]) != wanted:
             raise ValueError(f"it is of stage {metadata['stage']}, or started from other weights or another mask")
         _load_state(tensors, model, optimizer)
         if recent is not None:
@@ -574,9 +585,8 @@ def load_checkpoint(
                 {name: m.to(device) for name, m in part(tensors, f"recent.{position}.").items()}
                 for position in range(metadata["masks"])
             )
-        return metadata["epoch"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit this run ({str(error).splitlines()[0]}): {remedy}") from error
+        raise InputError(f"{path} does not fit this run ({str(error).splitlines()[0]}): {REMOVE}") from error
 
 
 def load_network(path: Path | str, model: nn.Module) -> nn.Module:
@@ -585,5 +595,5 @@ def load_network(path: Path | str, model: nn.Module) -> nn.Module:
     Raises:
         InputError: the file is damaged or does not fit the network.
     """
-    load_checkpoint(Path(path), model)
+    _load_checkpoint(Path(path), *read_tensors(Path(path), REMOVE), model)
     return model

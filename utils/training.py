@@ -134,14 +134,14 @@ def fit(
                 **(observe() if observe is not None else {}),
             )
             run.report_epoch(title, images_per_second=images / progress.seconds)
-            if checkpoint is not None:
-                # the last epoch of the schedule leaves nothing to go on with
-                run.save_checkpoint(checkpoint, epoch + 1, model, None if last else optimizer)
         except Stopped:
             _check_weights(model, title, update.learning_rate)
             run.save_epoch(phase, level, epoch, model, optimizer, progress)
             print(f"{title}: stopped and saved after step {progress.step} of {len(progress.losses)}", flush=True)
             raise
+        if checkpoint is not None:
+            # the last epoch of the schedule leaves nothing to go on with
+            run.save_checkpoint(checkpoint, epoch + 1, model, None if last else optimizer)
 
 
 class MaskedUpdate:

@@ -1,0 +1,72 @@
+"""What args.json, metrics.jsonl and results.json hold, and reading them back. A row that has changed is found out."""
+
+import json
+from pathlib import Path
+
+from .errors import DamagedError, InputError
+from .files import read_json, unsealed
+
+EPOCH_FIELDS = {
+    "phase": str, "level": int, "epoch": int, "timesteps": int, "seconds": (int, float),
+    "test_accuracy": (int, float, type(None)),
+}  # fmt: skip
+RESULT_FIELDS = {
+    "level": int, "sparsity": (int, float), "sparsity_all_parameters": (int, float), "timesteps": int,
+    "search_timesteps": int, "test_accuracy": (int, float), "best_test_accuracy": (int, float),
+    "search_seconds": (int, float), "search_epochs": int, "search_timestep_epochs": int,
+}  # fmt: skip
+
+
+def read_args(path: Path, remedy: str) -> dict:
+    """Read ``args.json``.
+
+    Raises:
+        DamagedError: it is not what was written; the message names it and the remedy.
+        InputError: it is of an earlier version.
+        OSError: it cannot be opened.
+    """
+    args = read_json(path, remedy)
+    if isinstance(args, dict) and "checksum" not in args and "method" in args:
+        raise InputError(f"{path} was written by an earlier version, this one does not read it: {remedy}")
+    return _checked(path, remedy, [args], {})[0]
+
+
+def read_rows(path: Path, remedy: str) -> list[dict]:
+    """Read ``metrics.jsonl``, no rows if it is not there; errors as in ``read_args``."""
+    if not path.exists():
+        return []
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
+    return _checked(path, remedy, rows, EPOCH_FIELDS)
+
+
+def read_results(path: Path, remedy: str) -> list[dict]:
+    """Read ``results.json``, no rows if it is not there; errors as in ``read_args``."""
+    return _checked(path, remedy, read_json(path, remedy), RESULT_FIELDS) if path.exists() else []
+
+
+def check_fields(row, fields: dict) -> None:
+    """Check that a row is a JSON object that holds these fields, of these types.
+
+    Raises:
+        TypeError: it does not; the message names the field.
+    """
+    if not isinstance(row, dict):
+        raise TypeError("a row is no JSON object")
+    for name, kind in fields.items():
+        if name not in row or not isinstance(row[name], kind) or isinstance(row[name], bool):
+            raise TypeError(f"{name} of a row is {row.get(name, 'missing')!r}")
+
+
+def _checked(path: Path, remedy: str, rows, fields: dict) -> list[dict]:
+    try:
+        if not isinstance(rows, list):
+            raise TypeError("no list of rows")
+        rows = [unsealed(row) for row in rows]
+        for row in rows:
+            check_fields(row, fields)
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
+    return rows
