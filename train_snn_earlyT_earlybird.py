@@ -19,6 +19,7 @@ from utils.errors import one_line_errors
 from utils.flags import get_args
 from utils.masks import dense_mask, magnitude_mask, rewind, sparsity_after
 from utils.runs import Run
+from utils.signals import stop_deferred
 from utils.training import fit, make_optimizer, predict
 
 
@@ -56,9 +57,10 @@ def main(argv=None):
             timesteps = run.once("early_time", choose_timesteps)
         train(optimizer, dense, range(epoch, epoch + 1), timesteps, observe=observe)
         epoch += 1
-        recent.append(magnitude_mask(model, target, args.pruning_scope))
-        run.note(hamming=window_distance(recent, "hamming"), jaccard=window_distance(recent, "jaccard"))
-        run.save_checkpoint(run.checkpoint("search"), epoch, model, optimizer, recent)
+        with stop_deferred():
+            recent.append(magnitude_mask(model, target, args.pruning_scope))
+            run.note(hamming=window_distance(recent, "hamming"), jaccard=window_distance(recent, "jaccard"))
+            run.save_checkpoint(run.checkpoint("search"), epoch, model, optimizer, recent)
 
     # the ticket: the settled mask on the initial weights
     ticket, level = recent[-1], args.sparsity_round

@@ -18,6 +18,7 @@ from utils.errors import one_line_errors
 from utils.flags import get_args
 from utils.masks import dense_mask, magnitude_mask, rewind, sparsity_after
 from utils.runs import Run
+from utils.signals import stop_deferred
 from utils.training import fit, make_optimizer
 
 
@@ -44,9 +45,10 @@ def main(argv=None):
     while epoch < args.end_iter and not has_settled(recent, args.eb_tolerance, args.eb_distance):
         train(optimizer, dense, range(epoch, epoch + 1), args.timestep)
         epoch += 1
-        recent.append(magnitude_mask(model, target, args.pruning_scope))
-        run.note(hamming=window_distance(recent, "hamming"), jaccard=window_distance(recent, "jaccard"))
-        run.save_checkpoint(run.checkpoint("search"), epoch, model, optimizer, recent)
+        with stop_deferred():
+            recent.append(magnitude_mask(model, target, args.pruning_scope))
+            run.note(hamming=window_distance(recent, "hamming"), jaccard=window_distance(recent, "jaccard"))
+            run.save_checkpoint(run.checkpoint("search"), epoch, model, optimizer, recent)
 
     # the ticket: the settled mask on the initial weights
     ticket, level = recent[-1], args.sparsity_round

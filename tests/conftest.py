@@ -1,5 +1,4 @@
 import importlib
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 from utils.files import read_tensors
 from utils.flags import METHODS, get_args
+from utils.records import read_args, read_results, read_rows
 from utils.tickets import load_ticket
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,9 +76,9 @@ class Finished:
 
     def __init__(self, folder):
         self.folder = folder
-        self.args = json.loads((folder / "args.json").read_text())
-        self.rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        self.results = json.loads((folder / "results.json").read_text())
+        self.args = read_args(folder / "args.json", "")
+        self.rows = read_rows(folder / "metrics.jsonl", "")
+        self.results = read_results(folder / "results.json", "")
 
     def stage(self, phase, level):
         return [row for row in self.rows if (row["phase"], row["level"]) == (phase, level)]

@@ -314,17 +314,3 @@ def test_a_row_that_is_there_is_not_measured_again(tmp_path, tiny, monkeypatch):
     script("laterewindlth")(tiny)
     assert len(measured) == 1
     assert json.loads(path.read_text()) == rows
-
-
-def test_rows_of_a_run_that_did_not_measure_are_read_and_completed(tmp_path, tiny, capsys):
-    script("laterewindlth")(tiny)
-    path = folder_of(tmp_path, "laterewindlth") / "results.json"
-    rows = json.loads(path.read_text())
-    old = [{name: row[name] for name in row if name not in (*FIELDS, "ticket_bytes")} for row in rows]
-    path.write_text(json.dumps(old))
-    capsys.readouterr()
-    script("laterewindlth")(tiny)
-    assert "this run is finished" in capsys.readouterr().out
-    path.write_text(json.dumps(old[:-1]))
-    script("laterewindlth")(tiny)
-    assert json.loads(path.read_text()) == rows

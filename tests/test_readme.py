@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, script
 
 from utils.flags import METHODS, get_args, make_parser
-from utils.runs import RESULT_FIELDS
+from utils.records import RESULT_FIELDS
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCSTRINGS = [(ROOT / f"train_snn_{method}.py").read_text(encoding="utf-8").split('"""')[1] for method in METHODS]

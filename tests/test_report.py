@@ -13,6 +13,8 @@ from conftest import ROOT
 from PIL import Image
 
 from report import main
+from utils.files import sealed
+from utils.records import write_rows
 from utils.report_figures import (
     accuracy_and_early_time,
     accuracy_by_early_time,
@@ -67,10 +69,10 @@ def write_run(root, name, method, round, results, rows=(), **flags):
     folder.mkdir(parents=True)
     args = FLAGS | {"method": method, "round": round, "exp_name": name, "output_dir": str(root)} | flags
     args["effective_seed"] = hash((name, round)) % 2**32
-    (folder / "args.json").write_text(json.dumps(args))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "args.json").write_text(json.dumps(sealed(args)))
+    write_rows(folder / "metrics.jsonl", rows)
     if results is not None:
-        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "results.json").write_text(json.dumps([sealed(row) for row in results]))
     return folder
 
 
@@ -294,16 +296,18 @@ def test_unfinished_runs_are_listed_and_used_as_far_as_they_are(tmp_path):
     [
         ("args.json", "{"),
         ("args.json", "[]"),
-        ("args.json", '{"method": "earlybird"}'),
-        ("args.json", json.dumps(FLAGS | {"method": "earlybird", "round": 1, "rewinding_epoch": "20"})),
+        ("args.json", json.dumps(sealed({"method": "earlybird"}))),
+        ("args.json", json.dumps(sealed(FLAGS | {"method": "earlybird", "round": 1, "rewinding_epoch": "20"}))),
+        ("args.json", json.dumps(sealed(FLAGS | {"method": "earlybird", "round": 1}) | {"round": 2})),
         ("args.json", b"\xff\xfe"),
-        ("metrics.jsonl", '{"phase": "search"}\n'),
+        ("metrics.jsonl", json.dumps(sealed({"phase": "search"}))),
         ("metrics.jsonl", '{"phase": "sea'),
-        ("metrics.jsonl", json.dumps(epochs("search", 0, 1)[0] | {"divergences": ["x"]})),
+        ("metrics.jsonl", json.dumps(sealed(epochs("search", 0, 1)[0] | {"divergences": ["x"]}))),
         ("results.json", "[{}]"),
+        ("results.json", json.dumps([sealed(result(8, 90.0)) | {"test_accuracy": 91.0}])),
         ("results.json", '"text"'),
-        ("results.json", json.dumps([result(8, float("nan"))])),
-        ("results.json", json.dumps([result(8, 90.0, layers=[1])])),
+        ("results.json", json.dumps([sealed(result(8, float("nan")))])),
+        ("results.json", json.dumps([sealed(result(8, 90.0, layers=[1]))])),
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(tmp_path, name, content):

@@ -278,11 +278,30 @@ def another_digit(path):
     path.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
 
 
+def without_a_line(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2] + lines[3:]))
+
+
+def without_the_last_line(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def with_a_line_twice(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2] + lines[1:]))
+
+
+def deep(path):
+    path.write_bytes(b"[" * 100_000)
+
+
 DAMAGE = [truncate, empty, pickle_instead]
 CHECKPOINTS = ("checkpoints/level_00.safetensors", "checkpoints/level_01.safetensors", "tickets/level_01.safetensors")
 TEXTS = ("metrics.jsonl", "results.json", "args.json")
 DAMAGED = [(name, damage) for name in CHECKPOINTS for damage in [*DAMAGE, damage_middle]]
-DAMAGED += [(name, damage) for name in TEXTS for damage in [*DAMAGE, another_digit]]
+DAMAGED += [(name, damage) for name in TEXTS for damage in [*DAMAGE, another_digit, deep]]
+DAMAGED += [("metrics.jsonl", damage) for damage in (without_a_line, without_the_last_line, with_a_line_twice)]
 
 
 @pytest.fixture(scope="module")
@@ -436,6 +455,37 @@ def test_other_images_are_refused(tmp_path, tiny, capsys, monkeypatch):
     assert stop.value.code == 2
     assert "begun with other images" in capsys.readouterr().err
     assert_same(before, contents(folder_of(tmp_path, "earlybird")))
+
+
+HOLDER = """
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_run_that_another_process_is_at_is_left_alone_until_that_is_dead(tmp_path, tiny, killed, capsys):
+    shutil.copytree(killed[0], tmp_path / "runs")
+    folder = folder_of(tmp_path, "laterewindlth")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder / "lock"], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        (folder / "lock.holder").write_text("process 12 on some machine")
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for more in ([], ["--restart"]):
+            with pytest.raises(SystemExit) as stop:
+                script("laterewindlth")([*tiny, *more])
+            assert stop.value.code == 75
+            assert f"{folder} is in use by process 12 on some machine" in capsys.readouterr().err
+            assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    finally:
+        holder.kill()
+        holder.communicate()
+    script("laterewindlth")(tiny)
+    assert_same(killed[1], contents(folder))
 
 
 @pytest.mark.parametrize(

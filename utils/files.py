@@ -80,21 +80,22 @@ def hold(path: Path, complaint: str) -> FileLock:
     return lock
 
 
-def sealed(row: dict) -> dict:
-    """The row with a checksum of all that it holds, in the field ``checksum``."""
-    return row | {"checksum": checksum({}, json.dumps(row, sort_keys=True))}
+def sealed(row: dict, after: str = "") -> dict:
+    """The row with a checksum of all that it holds, in the field ``checksum``; and of the checksum that it comes after,
+    so that no row of a chain can be lost from its middle, doubled or moved."""
+    return row | {"checksum": checksum({}, after + json.dumps(row, sort_keys=True))}
 
 
-def unsealed(row) -> dict:
+def unsealed(row, after: str = "") -> dict:
     """The row that was sealed.
 
     Raises:
-        ValueError: it is no JSON object, or has changed since.
+        ValueError: it is no JSON object, has changed since, or came after another one.
     """
     if not isinstance(row, dict):
         raise ValueError("no JSON object")
     held = {name: value for name, value in row.items() if name != "checksum"}
-    if row.get("checksum") != sealed(held)["checksum"]:
+    if row.get("checksum") != sealed(held, after)["checksum"]:
         raise ValueError("a checksum does not match")
     return held
 

@@ -1,10 +1,10 @@
-"""What args.json, metrics.jsonl and results.json hold, and reading them back. A row that has changed is found out."""
+"""What args.json, metrics.jsonl and results.json hold, and reading them back. What has changed is found out."""
 
 import json
 from pathlib import Path
 
 from .errors import DamagedError, InputError
-from .files import read_json, unsealed
+from .files import read_json, sealed, unsealed, write_text
 
 EPOCH_FIELDS = {
     "phase": str, "level": int, "epoch": int, "timesteps": int, "seconds": (int, float),
@@ -39,7 +39,17 @@ def read_rows(path: Path, remedy: str) -> list[dict]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
-    return _checked(path, remedy, rows, EPOCH_FIELDS)
+    return _checked(path, remedy, rows, EPOCH_FIELDS, chained=True)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write ``metrics.jsonl``, whole or not at all."""
+    lines, last = [], ""
+    for row in rows:
+        row = sealed(row, last)
+        last = row["checksum"]
+        lines.append(json.dumps(row) + "\n")
+    write_text(path, "".join(lines))
 
 
 def read_results(path: Path, remedy: str) -> list[dict]:
@@ -60,13 +70,15 @@ def check_fields(row, fields: dict) -> None:
             raise TypeError(f"{name} of a row is {row.get(name, 'missing')!r}")
 
 
-def _checked(path: Path, remedy: str, rows, fields: dict) -> list[dict]:
+def _checked(path: Path, remedy: str, rows, fields: dict, chained: bool = False) -> list[dict]:
+    checked, last = [], ""
     try:
         if not isinstance(rows, list):
             raise TypeError("no list of rows")
-        rows = [unsealed(row) for row in rows]
         for row in rows:
-            check_fields(row, fields)
+            checked.append(unsealed(row, last))
+            check_fields(checked[-1], fields)
+            last = row["checksum"] if chained else ""
     except (ValueError, TypeError) as error:
         raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
-    return rows
+    return checked

@@ -22,10 +22,10 @@ from .activity import measure
 from .curves import Curves
 from .data import Data, Split
 from .errors import DamagedError, InputError
-from .files import TEMPORARY, checksum, hold, part, read_tensors, sealed, write_json, write_tensors, write_text
+from .files import TEMPORARY, checksum, hold, part, read_tensors, sealed, write_json, write_tensors
 from .flags import planned_epochs, reported_levels
 from .masks import Mask, emptied_layers, layer_sparsity, sparsity
-from .records import read_args, read_results, read_rows
+from .records import read_args, read_results, read_rows, write_rows
 from .signals import stop_deferred
 from .tickets import load_ticket
 
@@ -476,7 +476,7 @@ class Run:
             return None
 
     def _write_rows(self) -> None:
-        write_text(self._path("metrics.jsonl"), "".join(json.dumps(sealed(row)) + "\n" for row in self.rows))
+        write_rows(self._path("metrics.jsonl"), self.rows)
 
 
 def results_table(results: list[dict]) -> str:
