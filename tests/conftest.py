@@ -3,8 +3,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from utils.files import read_tensors
 from utils.flags import METHODS, get_args
@@ -64,6 +66,19 @@ def lively(model, images):
     for norm in norms:
         norm.momentum = 0.1
     return model
+
+
+def make_tree(root, splits=("train", "test"), classes=("ant", "bee"), count=3, size=32, mode="RGB"):
+    """A tree of image files, as a user would lay it out."""
+    generator = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                shape = (size, size, 3) if mode == "RGB" else (size, size)
+                Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(
+                    root / split / name / f"{i}.png"
+                )
 
 
 def kernels():

@@ -4,8 +4,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import make_tree
 from PIL import Image
 
+import utils.data
 from utils.augment import Recipe, augment, draw, normalise
 from utils.data import DATASETS, load_data
 from utils.errors import InputError
@@ -99,18 +101,6 @@ def test_epoch_order_depends_on_the_generator_alone():
     assert torch.cat([labels for _, labels in a]).bincount().tolist() == [5] * 10
 
 
-def make_tree(root, splits=("train", "test"), classes=("ant", "bee"), count=3, size=32, mode="RGB"):
-    generator = np.random.default_rng(0)
-    for split in splits:
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                shape = (size, size, 3) if mode == "RGB" else (size, size)
-                Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(
-                    root / split / name / f"{i}.png"
-                )
-
-
 @pytest.mark.parametrize("held_out", ["test", "val"])
 def test_image_folder_is_read_as_torchvision_reads_it(tmp_path, held_out):
     from torchvision.datasets import ImageFolder
@@ -139,6 +129,21 @@ def test_cache_is_used_until_the_tree_changes(tmp_path, monkeypatch):
     cache = tmp_path / "cifar10" / "train.cache.safetensors"
     cache.write_bytes(cache.read_bytes()[:-100])
     assert len(load(*flags).train) == 5
+
+
+def test_tree_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    make_tree(tmp_path / "cifar10")
+    real = utils.data._decode
+
+    def decode(samples, channels):
+        Image.new("RGB", (32, 32), "red").save(samples[-1][0])
+        return real(samples, channels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.data, "_decode", decode)
+        with pytest.raises(InputError, match="cifar10/train changed while they were read"):
+            load("--data_dir", tmp_path, "--dataset", "cifar10")
+    assert len(load("--data_dir", tmp_path, "--dataset", "cifar10").train) == 6
 
 
 def test_grey_trees_and_small_images(tmp_path):

@@ -12,7 +12,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, folder_of, needs_a_compiler, script
+from conftest import ROOT, TINY, folder_of, make_tree, needs_a_compiler, script
 
 from utils import training
 from utils.data import _synthetic as synthetic
@@ -486,6 +486,51 @@ def test_run_that_another_process_is_at_is_left_alone_until_that_is_dead(tmp_pat
         holder.communicate()
     script("laterewindlth")(tiny)
     assert_same(killed[1], contents(folder))
+
+
+def test_data_that_vanish_or_change_cost_nothing(tmp_path, tiny, monkeypatch, capsys):
+    tree = tmp_path / "data" / "cifar10"
+    make_tree(tree, count=8)
+    flags = [
+        *tiny,
+        "--dataset",
+        "cifar10",
+        "--data_dir",
+        str(tree.parent),
+        "--train_samples",
+        "16",
+        "--test_samples",
+        "8",
+    ]
+    folder = tmp_path / "runs" / "earlybird" / "cifar10-vgg16-round1"
+    script("earlybird")([*flags, "--output_dir", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch:
+        kill_at(patch, 14, True)
+        with pytest.raises(Killed):
+            script("earlybird")(flags)
+    before = contents(folder)
+    shutil.copytree(tree, tmp_path / "kept")
+
+    def vanish():
+        shutil.rmtree(tree)
+
+    def change():
+        os.truncate(tree / "train" / "ant" / "0.png", 200)
+
+    def swap():
+        image, other = (tree / "train" / name / "0.png" for name in ("ant", "bee"))
+        image.write_bytes(other.read_bytes())
+
+    for spoil, message in ((vanish, "is not in"), (change, "ant/0.png cannot be decoded"), (swap, "other images")):
+        spoil()
+        with pytest.raises(SystemExit) as stop:
+            script("earlybird")(flags)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+        assert_same(before, contents(folder))
+        shutil.copytree(tmp_path / "kept", tree, dirs_exist_ok=True)
+    script("earlybird")(flags)
+    assert_same(contents(tmp_path / "whole/earlybird/cifar10-vgg16-round1"), contents(folder))
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,8 @@ def _cached(folder: Path, channels: int) -> tuple[Tensor, Tensor, list[str]]:
             pass  # a cache that cannot be read is no loss
     samples, classes = _list_images(folder)
     images, labels = _decode(samples, channels)
+    if _fingerprint(folder, channels) != fingerprint:
+        raise InputError(f"the files of {folder} changed while they were read: run the command again once they rest")
     try:
         write_tensors(cache, {"images": images, "labels": labels}, {"fingerprint": fingerprint, "classes": classes})
     except OSError as error:
