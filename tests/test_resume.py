@@ -329,6 +329,16 @@ def test_damaged_file_is_named_and_nothing_is_lost(tmp_path, tiny, killed, capsy
     assert_same(killed[1], contents(folder))
 
 
+def test_what_was_read_does_not_change_with_the_file(tmp_path):
+    path, numbers = tmp_path / "numbers.safetensors", torch.arange(100_000)
+    write_tensors(path, {"numbers": numbers}, {})
+    tensors, _ = read_tensors(path, "")
+    with path.open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\xff" * 8)
+    assert torch.equal(tensors["numbers"], numbers)
+
+
 def test_newest_checkpoint_falls_back_to_the_one_before(tmp_path, tiny, killed, monkeypatch):
     shutil.copytree(killed[0], tmp_path / "runs")
     folder = folder_of(tmp_path, "laterewindlth")

@@ -118,13 +118,10 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict]:
         InputError: it is of an earlier version.
         OSError: it cannot be opened.
     """
-    with path.open("rb"):
-        pass  # a file that is missing or not readable says so itself
+    data = path.read_bytes()  # not mapped: what is checked here cannot change later, nor the file be cut under us
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         metadata = json.loads(header["metadata"])
         if not isinstance(metadata, dict):
             raise ValueError("its metadata are no JSON object")
@@ -132,7 +129,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict]:
             raise InputError(f"{path} was written by an earlier version, this one does not read it: {remedy}")
         if header["checksum"] != checksum(tensors, header["metadata"]):
             raise ValueError("its checksum does not match")
-    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
     return tensors, metadata
 
