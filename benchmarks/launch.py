@@ -264,7 +264,9 @@ class OnRay:
         if not self.slots:
             self.close()
             raise InputError(f"no machine of the cluster has room for a run of {cpus} CPUs and {self.gpus:g} GPUs")
-        self.task = ray.remote(_run).options(max_calls=1, max_retries=0, num_cpus=cpus, num_gpus=self.gpus)
+        # workers need not find this file; the scripts they do, at the same path as here
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        self.task = ray.remote(max_calls=1, max_retries=0, num_cpus=cpus, num_gpus=self.gpus)(_run)
 
     @property
     def slots(self) -> int:
@@ -334,6 +336,7 @@ def _run(method: str, flags: tuple[str, ...], cpus: int, folder: str, log: str) 
         The exit code.
     """
     os.chdir(folder)
+    sys.path.insert(0, str(ROOT))
     torch.set_num_threads(cpus)
     sys.argv = [f"train_snn_{method}.py", *flags]
     with (
