@@ -193,8 +193,7 @@ def _first_network(command: Maker, scale: Scale) -> Iterator[Command]:
         yield command(("precision",), "oneshot", name, f"--ticket random --sparsity_round 0 {options}")
 
 
-@one_line_errors
-def main(argv=None):
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="full", help="size of the experiments (default: full)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and how long they would take")
@@ -218,6 +217,12 @@ def main(argv=None):
     )
     parser.add_argument("--data_dir", metavar="DIR", help="passed on to every run")
     parser.add_argument("--output_dir", metavar="DIR", help="folder that holds the runs (default: runs/SCALE)")
+    return parser
+
+
+@one_line_errors
+def main(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("address", "gpus_per_run"):
         if args.launcher == "local" and getattr(args, name) is not None:

@@ -363,7 +363,7 @@ def test_six_runs_on_ray_with_a_worker_killed_midway_are_those_run_in_sequence(t
 
     def commands(folder):
         ticket = f"{folder}/imp/synthetic-vgg16-round1/tickets/level_01.safetensors"
-        long = ["--end_iter", "30"]
+        long = ["--end_iter", "12"]
         for method, name, more in (
             ("oneshot", "from-imp", ["--ticket", ticket]),
             ("oneshot", "long", long),
