@@ -63,6 +63,7 @@ class Work:
         self.costs = {command: cost(command) for command in self.waiting}
         self.running: dict = {}  # since when
         self.aside: dict = {}  # in use elsewhere; when to look again
+        self.told: set = set()  # which were
         self.failed: dict = {}
         self.log_starts: dict = {}  # bytes that were in the log before
         self.deaths: Counter = Counter()
@@ -109,7 +110,7 @@ class Work:
                 self._forget(command)
                 self._say(f"done elsewhere: {command}")
                 continue
-            if command not in self.aside:
+            if command not in self.told:
                 self._say(f"started: {command}")
             self._forget(command)
             log = self._log(command)
@@ -131,7 +132,9 @@ class Work:
             self._say(f"done in {clock(self.seconds[command])}: {command}")
         elif code == IN_USE:
             self.aside[command] = time.monotonic() + ASK_AGAIN
-            self._say(f"in use by another process, put aside: {command}")
+            if command not in self.told:
+                self._say(f"in use by another process, put aside: {command}")
+            self.told.add(command)
         elif killed and stopping:
             self.waiting.insert(0, command)
             self._say(f"stopped: {command}")
@@ -255,6 +258,7 @@ class OnRay:
         self.ray, self.fixed_slots, self.cpus = ray, slots, cpus
         self.running: dict = {}  # by the reference to the task's result
         quiet = {"log_to_driver": False, "logging_level": "error"}
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody else is told
         if address is None:
             ray.init("local", include_dashboard=False, **quiet)
         else:

@@ -214,6 +214,16 @@ def stand_in(tmp_path, monkeypatch):
         "if name == 'killed': os.kill(os.getpid(), 9)\n"
         "if name == 'wrong': sys.exit('error: wrong')\n"
         "if name == 'used': sys.exit(75)\n"
+        "if name.startswith('shared'):\n"
+        "    import fcntl, pathlib\n"
+        "    lock = open(f'{name}.lock', 'w')\n"
+        "    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "    except OSError: sys.exit(75)\n"
+        "    if pathlib.Path(f'{name}.done').exists(): sys.exit(0)\n"
+        "    time.sleep(0.3)\n"
+        "    open(f'{name}.begun', 'a').write('once ')\n"
+        "    if name == 'shared-3' and pathlib.Path(f'{name}.begun').read_text() == 'once ': os.kill(os.getpid(), 9)\n"
+        "    pathlib.Path(f'{name}.done').touch()\n"
         "if name in ('slow', 'deaf'):\n"
         "    signal.signal(signal.SIGTERM, (lambda *_: sys.exit(143)) if name == 'slow' else signal.SIG_IGN)\n"
         "    signal.signal(signal.SIGINT, lambda *_: sys.exit('error: not from the launcher'))\n"
@@ -246,14 +256,37 @@ from pathlib import Path
 from test_launch import run_of
 from benchmarks import launch
 from utils.errors import one_line_errors
-folder, name = Path(sys.argv[1]), sys.argv[2]
-launch.ROOT = folder
+folder, names = Path(sys.argv[1]), sys.argv[2:]
+launch.ROOT, launch.ASK_AGAIN, launch.POLL = folder, 0.1, 0.1
+state = lambda command: "done" if (folder / f"{command.value('--exp_name')}.done").exists() else "missing"
 @one_line_errors
 def main(argv=None):
     with closing(launch.Local(1, 1)) as executor:
-        launch.Work([run_of(name)], executor, folder, lambda c: "missing", lambda c: 1.0).run()
+        launch.Work([run_of(name) for name in names], executor, folder, state, lambda command: 1.0).run()
 main()
 """
+
+
+def launcher(folder, *names):
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, folder, *names],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_two_launchers_share_a_list_and_run_nothing_twice(stand_in, tmp_path):
+    names = [f"shared-{number}" for number in range(6)]
+    launchers = [launcher(tmp_path, *names) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in launchers]
+    assert [process.returncode for process in launchers] == [0, 0], outputs
+    begun = {name: (tmp_path / f"{name}.begun").read_text().split() for name in names}
+    assert all(len(begun[name]) == (2 if name == "shared-3" else 1) for name in names), begun  # one is killed once
+    assert all("6 done, 0 running, 0 failed, 0 waiting" in output for output in outputs)
 
 
 def _alive(pid):
@@ -269,27 +302,19 @@ def _alive(pid):
     [("slow", [signal.SIGTERM], 143), ("slow", [signal.SIGINT], 130), ("deaf", [signal.SIGINT] * 2, 130)],
 )
 def test_signals_leave_no_process_behind(stand_in, tmp_path, name, signals, code):
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, tmp_path, name],
-        env=os.environ | {"PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = launcher(tmp_path, name)
     log = tmp_path / f"{name}-synthetic-vgg16-round1.log"
     while not (log.exists() and "ready" in log.read_text() and "#" in log.read_text()):
-        assert launcher.poll() is None, launcher.stdout.read()
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     child = int(log.read_text().split("process ")[1].split(":")[0])
     first, *again = signals
-    os.killpg(launcher.pid, first)  # as a terminal does with Ctrl-C
-    next(line for line in launcher.stdout if line.startswith("stopping"))
+    os.killpg(process.pid, first)  # as a terminal does with Ctrl-C
+    next(line for line in process.stdout if line.startswith("stopping"))
     for number in again:
-        os.killpg(launcher.pid, number)
-    out = launcher.communicate(timeout=30)[0]
-    assert launcher.returncode == code, out
+        os.killpg(process.pid, number)
+    out = process.communicate(timeout=30)[0]
+    assert process.returncode == code, out
     assert "goes on" in out
     assert not _alive(child)
     assert "not from the launcher" not in log.read_text()
