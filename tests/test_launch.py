@@ -30,6 +30,7 @@ class Played:
         self.done = set()
 
     def start(self, command, log):
+        assert len(self.log) < 20, "for ever"
         self.running.append(command)
         self.log.append(command.name)
         self.most = max(self.most, len(self.running))
@@ -166,6 +167,7 @@ def test_a_signal_stops_what_runs_and_starts_nothing(work, capsys):
     assert stop.value.number == signal.SIGTERM
     assert short(executor.log) == ["a", "b", "stop"]
     assert not tried.failed
+    assert not tried.deaths
     assert "1 done, 0 running, 0 failed, 2 waiting" in capsys.readouterr().out
 
 
@@ -236,6 +238,7 @@ def stand_in(tmp_path, monkeypatch):
 def test_exit_codes_and_logs_of_this_machine(stand_in, tmp_path):
     names = ("fine", "wrong", "used", "killed")
     codes = {}
+    (tmp_path / "wrong.log").write_text("!an earlier try\n")
     with closing(Local(slots=4, cpus=3)) as executor:
         for name in names:
             executor.start(run_of(name), tmp_path / f"{name}.log")
@@ -243,7 +246,8 @@ def test_exit_codes_and_logs_of_this_machine(stand_in, tmp_path):
             codes |= {command.value("--exp_name"): code for command, code in executor.wait(1.0)}
         assert executor.wait(0.0) == []
     assert codes == {"fine": 0, "wrong": 1, "used": IN_USE, "killed": DIED}
-    heading, *lines = sorted((tmp_path / "wrong.log").read_text().splitlines())
+    earlier, heading, *lines = sorted((tmp_path / "wrong.log").read_text().splitlines())
+    assert earlier == "!an earlier try"
     assert heading.startswith("# ")
     assert heading.endswith(str(run_of("wrong")))
     assert lines == ["error: wrong", "wrong with 3 threads"]
