@@ -252,7 +252,9 @@ def _executor(args) -> Local | OnRay:
     if args.launcher == "ray":
         return OnRay(args.address, args.jobs, args.cpus_per_run or 1, args.gpus_per_run)
     jobs = args.jobs or 1
-    return Local(jobs, args.cpus_per_run or max(1, (os.cpu_count() or 1) // jobs))
+    # a batch system may give a part of the machine
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Local(jobs, args.cpus_per_run or max(1, cores // jobs))
 
 
 def _at_least_1(text: str) -> int:
