@@ -4,9 +4,10 @@
     python benchmarks/reproduce.py                          # everything at full size, into runs/full/
     python benchmarks/reproduce.py --scale small --jobs 2   # handwritten digits and a narrow network, into runs/small/
     python benchmarks/reproduce.py --only "Table 1"         # a part
+    python benchmarks/reproduce.py --launcher ray           # as many at a time as a Ray cluster, or this machine, holds
 
-A run that was stopped goes on when its command is run again, so this script can be stopped and started too. It ends
-with the report of all that is there.
+A run that was stopped goes on when its command is run again, so this script can be stopped and started too, and be
+started many times over: what one is working on, the others leave alone. It ends with the report of all that is there.
 """
 
 import argparse
@@ -14,22 +15,21 @@ import contextlib
 import io
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.launch import Local, OnRay, Work  # noqa: E402
 from models import build_model  # noqa: E402
 from utils.data import DATASETS  # noqa: E402
 from utils.errors import InputError, one_line_errors  # noqa: E402
@@ -193,8 +193,7 @@ def _first_network(command: Maker, scale: Scale) -> Iterator[Command]:
         yield command(("precision",), "oneshot", name, f"--ticket random --sparsity_round 0 {options}")
 
 
-@one_line_errors
-def main(argv=None):
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="full", help="size of the experiments (default: full)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and how long they would take")
@@ -202,13 +201,32 @@ def main(argv=None):
         "--only", metavar="TEXT", default="", help="only what is behind this (Fig. 9), or has it among its flags"
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs at a time, sharing the cores (default: 1)"
+        "--launcher", choices=("local", "ray"), default="local", help="where the runs are: here, or on a Ray cluster"
+    )
+    parser.add_argument(
+        "--jobs", type=_at_least_1, metavar="N", help="runs at a time (default: 1; ray: as many as there is room for)"
+    )
+    parser.add_argument(
+        "--cpus_per_run", type=_at_least_1, metavar="N", help="threads of a run (default: cores / --jobs; ray: 1)"
+    )
+    parser.add_argument(
+        "--gpus_per_run", type=_gpus, metavar="N", help="ray: GPUs of a run, or a share of one (default: 1 if any)"
+    )
+    parser.add_argument(
+        "--address", help="ray: the cluster, or auto for the one this machine is in (default: one is started here)"
     )
     parser.add_argument("--data_dir", metavar="DIR", help="passed on to every run")
     parser.add_argument("--output_dir", metavar="DIR", help="folder that holds the runs (default: runs/SCALE)")
+    return parser
+
+
+@one_line_errors
+def main(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"argument --jobs: must be at least 1, got {args.jobs}")
+    for name in ("address", "gpus_per_run"):
+        if args.launcher == "local" and getattr(args, name) is not None:
+            parser.error(f"argument --{name}: only with --launcher ray")
     output_dir = args.output_dir or f"runs/{args.scale}"
     everything = list(commands(SCALES[args.scale], output_dir, args.data_dir))
     wanted = [command for command in everything if args.only in command.shows or args.only in str(command)]
@@ -219,11 +237,40 @@ def main(argv=None):
     wanted = [command for command in everything if command in wanted or command.name in sources]
     if args.dry_run:
         return dry_run(wanted)
-    failed = run_all(wanted, args.jobs, Path(output_dir) / "logs")
+    with contextlib.closing(_executor(args)) as executor:
+        work = Work(wanted, executor, Path(output_dir) / "logs", state, cost)
+        try:
+            work.run()
+        finally:
+            for command, lines in work.failed.items():
+                print(f"\nfailed: {command}\n{lines}", file=sys.stderr)
     subprocess.run([sys.executable, ROOT / "report.py", output_dir, "--out", f"{output_dir}-report"], check=False)
-    for command, lines in failed.items():
-        print(f"\nfailed: {command}\n{lines}", file=sys.stderr)
-    raise SystemExit(1 if failed else 0)
+    raise SystemExit(1 if work.failed else 0)
+
+
+def _executor(args) -> Local | OnRay:
+    if args.launcher == "ray":
+        return OnRay(args.address, args.jobs, args.cpus_per_run or 1, args.gpus_per_run)
+    jobs = args.jobs or 1
+    # a batch system may give a part of the machine
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Local(jobs, args.cpus_per_run or max(1, cores // jobs))
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number and at least 1, got {text!r}")
+    return int(text)
+
+
+def _gpus(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not (0 <= number <= 1 or (number > 1 and number.is_integer())):
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1 or a whole number, got {text!r}")
+    return number
 
 
 def state(command: Command) -> str:
@@ -249,18 +296,44 @@ def dry_run(wanted: list[Command]) -> None:
 
 def estimate(command: Command) -> float:
     """Seconds that the training of a run takes, from a few steps here."""
-    flags = list(command.flags)
-    if command.source:
-        flags[flags.index("--ticket") + 1] = "random"  # it need not be there yet; its training takes as long
-    with contextlib.redirect_stdout(io.StringIO()):
-        args = get_args(command.method, None, flags)
-    images, side = IMAGES.get(args.dataset, (50_000, 32))
-    images = min(images, args.train_samples or images)
+    args = _training(command)
+    images, side = _images(args)
     # a CPU's time goes with the images, and a full batch may not fit its memory
     batch_size = args.batch_size if args.device.startswith("cuda") else min(args.batch_size, TIMED_IMAGES)
     network = (args.arch, DATASETS[args.dataset].channels, side, args.neuron, args.width)
     step = seconds_per_step(*network, args.timestep, batch_size, args.device, args.precision)
     return step * images / batch_size * sum(planned_epochs(args))
+
+
+def cost(command: Command) -> float:
+    """Operations of the training of a run, all at T; only their ratios mean something."""
+    args = _training(command)
+    images, side = _images(args)
+    step = operations(args.arch, DATASETS[args.dataset].channels, side, args.width)
+    return step * args.timestep * images * sum(planned_epochs(args))
+
+
+def _training(command: Command) -> argparse.Namespace:
+    """The flags that say how long a run trains."""
+    flags = list(command.flags)
+    if command.source:
+        flags[flags.index("--ticket") + 1] = "random"  # it need not be there yet; its training takes as long
+    with contextlib.redirect_stdout(io.StringIO()):
+        return get_args(command.method, None, flags)
+
+
+def _images(args: argparse.Namespace) -> tuple[int, int]:
+    """How many there are to train on, and their side in pixels."""
+    images, side = IMAGES.get(args.dataset, (50_000, 32))
+    return min(images, args.train_samples or images), side
+
+
+@cache
+def operations(arch, channels, side, width) -> int:
+    """Of convolutions and linear layers, for one image and timestep; nothing is computed for it."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        build_model(arch, channels, 10, "relu", width)(torch.empty(1, channels, side, side), 1)
+    return counter.get_total_flops()
 
 
 @cache
@@ -278,58 +351,6 @@ def seconds_per_step(arch, channels, side, neuron, width, timesteps, batch_size,
         update(loss)
         loss.item()
     return (time.perf_counter() - started) / TIMED_STEPS
-
-
-def run_all(wanted: list[Command], jobs: int, logs: Path) -> dict[Command, str]:
-    """Run what is missing; a run that fails does not stop the others.
-
-    Returns:
-        The failed commands, each with its last lines.
-    """
-    failed: dict[Command, str] = {}
-    running: list[subprocess.Popen] = []
-    stop = threading.Event()
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    logs.mkdir(parents=True, exist_ok=True)
-
-    def work(command: Command) -> None:
-        if stop.is_set():
-            return
-        started = time.monotonic()
-        call = [sys.executable, ROOT / f"train_snn_{command.method}.py", *command.flags]
-        log = logs / f"{command.name.replace('/', '-')}.log"
-        with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(call, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            running.append(process)
-            code = process.wait()
-        running.remove(process)
-        if code:
-            failed[command] = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
-        left.remove(command)
-        outcome = "failed" if code else "done"
-        print(f"{outcome} in {clock(time.monotonic() - started)}, {len(left)} left: {command}", flush=True)
-
-    def terminated(*_) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminated)
-    try:
-        # runs that make a ticket come first, then those that are given one
-        for given in (False, True):
-            wait = ("missing", "waits") if given else ("missing",)
-            left = [command for command in wanted if command not in failed and state(command) in wait]
-            print(f"{len(left)} of {len(wanted)} runs, output in {logs}", flush=True)
-            with ThreadPoolExecutor(jobs) as pool:
-                try:
-                    list(pool.map(work, list(left)))
-                except KeyboardInterrupt:
-                    stop.set()
-                    for process in list(running):
-                        process.terminate()  # what is written is whole; the same command goes on
-                    raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return failed
 
 
 if __name__ == "__main__":

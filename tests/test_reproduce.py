@@ -96,7 +96,7 @@ def test_run_that_fails_is_named_and_stops_nothing(tiny_scale, tmp_path, capfd):
     broken = runs / "random-1" / "synthetic-vgg16-round1"
     broken.mkdir(parents=True)
     (broken / "metrics.jsonl").write_text("")  # a run without args.json is refused
-    call = ["--scale", "small", "--only", "--ticket random", "--output_dir", str(runs)]
+    call = ["--scale", "small", "--only", "--ticket random --sparsity_round 1", "--output_dir", str(runs)]
     with pytest.raises(SystemExit) as stop:
         reproduce.main(call)
     assert stop.value.code == 1
