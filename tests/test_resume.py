@@ -666,18 +666,22 @@ def test_signal_anywhere_else_loses_no_epoch(tmp_path, tiny, monkeypatch, module
     assert_same(contents(folder_of(tmp_path, method)), contents(folder_of(tmp_path / "stopped", method)))
 
 
-def test_second_signal_interrupts_the_step_and_saves_nothing_of_it(tmp_path, tiny, monkeypatch):
+def test_second_ctrl_c_interrupts_the_step_and_saves_nothing_of_it(tmp_path, tiny, monkeypatch):
     main, folder = script("laterewindlth"), folder_of(tmp_path, "laterewindlth")
 
-    def twice(*args):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("the second signal was held back")
+    def signalled(*args):
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        reached.append("three signals were held back")
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("a second Ctrl-C was held back")
 
+    reached = []
     with monkeypatch.context() as patch:
-        patch.setattr(MaskedUpdate, "__call__", twice)
+        patch.setattr(MaskedUpdate, "__call__", signalled)
         with pytest.raises(SystemExit):
             main(tiny)
+    assert reached
     assert not list(folder.rglob("*.safetensors"))
 
 

@@ -33,11 +33,12 @@ def stopping():
 @contextmanager
 def stop_deferred():
     """Within, a signal waits: it is put into the list that is yielded, for the program to look at, and ``Stopped`` is
-    raised at the end. A second signal interrupts at once, wherever the program is."""
+    raised at the end. A second Ctrl-C interrupts at once, wherever the program is; a second SIGTERM does not, a
+    scheduler may send it to the launcher and to the run."""
     asked = []
 
     def note(number, frame):
-        if asked:
+        if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
         asked.append(number)
 
