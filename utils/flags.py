@@ -9,6 +9,7 @@ import torch
 
 from models import ARCHITECTURES, BATCH_NORMS, NEURONS
 
+from . import distributed
 from .data import DATASETS
 from .early_time import DIVERGENCES
 from .files import checksum
@@ -129,6 +130,17 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         choices=BATCH_NORMS,
         default="per_timestep",
         help="where batch norm takes its training statistics from",
+    )
+    add(
+        network,
+        "--sync_batch_norm",
+        action="store_true",
+        default=True,
+        shown="on",
+        help="on several ranks: training statistics of the whole batch, not of each rank's part",
+    )
+    network.add_argument(
+        "--no_sync_batch_norm", dest="sync_batch_norm", action="store_false", default=True, help="of each rank's part"
     )
 
     training = parser.add_argument_group("training")
@@ -403,6 +415,10 @@ def get_args(method: str, description: str | None = None, argv: list[str] | None
                 f"argument --early_time_epoch: must be from 1 to {args.end_iter - 1}, before --end_iter "
                 f"{args.end_iter}, got {args.early_time_epoch}"
             )
+    if args.batch_size < distributed.ranks():
+        parser.error(
+            f"argument --batch_size: must be at least {distributed.ranks()}, the number of ranks, got {args.batch_size}"
+        )
     args.device = _device(parser, args.device)
     if args.precision is None:
         args.precision = "bf16" if args.device.startswith("cuda") else "fp32"
@@ -459,7 +475,7 @@ def _check_sparsity(parser, args) -> None:
 
 def _device(parser, name: str) -> str:
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -471,12 +487,22 @@ def _device(parser, name: str) -> str:
             parser.error(f"argument --device: {name} was asked for, but torch {torch.__version__} finds no GPU here")
         if (device.index or 0) >= torch.cuda.device_count():
             parser.error(f"argument --device: {name} was asked for, this machine has {torch.cuda.device_count()} GPU")
+        if distributed.ranks() > 1 and device.index is not None:
+            parser.error(f"argument --device: every rank takes a GPU of its own: cuda instead of {name}")
+        if distributed.ranks_here() > torch.cuda.device_count():
+            parser.error(
+                f"argument --device: {distributed.ranks_here()} ranks were started on a machine with "
+                f"{torch.cuda.device_count()} GPU: start fewer, or use cpu"
+            )
     return str(device) if device.type == "cuda" else "cpu"
 
 
 def _note_unused(args, parser, argv: list[str]) -> None:
     """Say which of the given flags have no effect here: nothing is ignored in silence."""
-    given = sorted(without_effect(args) & {word.split("=")[0] for word in argv})
+    unused = without_effect(args)
+    if distributed.ranks() == 1:
+        unused |= {"--sync_batch_norm", "--no_sync_batch_norm"}
+    given = sorted(unused & {word.split("=")[0] for word in argv})
     if given:
         print(f"note: {', '.join(given)} without effect in this run")
 

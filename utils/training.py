@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from . import distributed
 from .data import Data, Split
 from .errors import DivergedError
 from .masks import Mask, prunable
@@ -228,15 +229,17 @@ _KEPT = "what was saved before stays; try a lower --learning_rate in a run of it
 
 @torch.inference_mode()
 def predict(model: nn.Module, split: Split, timesteps: int, precision: str = "fp32") -> Tensor:
-    """Logits fp32 [T,N,classes] of un-augmented images in eval mode; the model's statistics do not change."""
+    """Logits fp32 [T,N,classes] of un-augmented images in eval mode; the model's statistics do not change. On several
+    ranks each runs some of the batches, and all have all logits."""
     training = model.training
     model.eval()
     logits = []
     batch_size = min(EVALUATION_BATCH[split.images.device.type], len(split))
-    for inputs, _ in split.batches(batch_size):
+    own = distributed.part_of(len(split), batch_size)
+    for inputs, _ in split.part(own).batches(batch_size):
         logits.append(forward(model, inputs, timesteps, precision, batch_size).float())
     model.train(training)
-    return torch.cat(logits, dim=1)
+    return distributed.gather(torch.cat(logits, dim=1), own, len(split))
 
 
 def evaluate(model: nn.Module, split: Split, timesteps: int, precision: str = "fp32") -> float:
