@@ -101,8 +101,10 @@ def measure(model: nn.Module, mask: Mask, split: Split, timesteps: int, precisio
         for images, _ in split.part(distributed.part_of(len(split), BATCH)).batches(BATCH):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 model(images, timesteps)
-    distributed.all_sum(*(layer.spikes for layer in neurons.values()))
-    distributed.all_sum(*(count for layer in layers.values() for count in (layer.active, layer.real)))
+    for layer in neurons.values():
+        (layer.spikes,) = distributed.sums(layer.spikes)
+    for layer in layers.values():
+        layer.active, layer.real = distributed.sums(layer.active, layer.real)
 
     synops = macs = 0.0
     for name, layer in layers.items():

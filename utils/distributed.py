@@ -4,10 +4,12 @@ torchrun starts the same script once per rank, and every rank does the same with
 process there is no group of ranks, and the functions here do nothing.
 """
 
+import hashlib
 import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = timedelta(seconds=2)  # for rank 0 to say first what is wrong
-DESCRIPTION = 4096  # bytes that ``check_same`` compares
+MESSAGE = 1024  # bytes that a rank sends of its results: their checksum, and how they begin
 
 
 class RanksDifferError(Exception):
@@ -75,20 +77,25 @@ def group() -> Iterator[Callable[[str], None]]:
         try:
             with redirect_stdout(out), redirect_stderr(error):
                 yield complain
-        except BaseException as failure:
-            code = failure.code if isinstance(failure, SystemExit) else 1
-            if code:
-                if not isinstance(failure, SystemExit):
-                    print(f"rank {number}:\n{traceback.format_exc()}", file=errors, flush=True)
-                if number == 0:
-                    store.set("end", "")
-                else:
-                    _of_rank_0(store, "end")
-                sys.stdout.flush()
-                os._exit(code)
+        except SystemExit as end:
+            if end.code:
+                _leave(store, number, end.code)
             raise
-        finally:
-            dist.destroy_process_group()
+        except BaseException:
+            print(f"rank {number}:\n{traceback.format_exc()}", file=errors)
+            _leave(store, number, 1)
+    dist.destroy_process_group()
+
+
+def _leave(store: dist.Store, number: int, code: int) -> None:
+    """End this process now, but not before rank 0 has said what is wrong."""
+    if number == 0:
+        store.set("end", "")
+    else:
+        _of_rank_0(store, "end")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _of_rank_0(store: dist.Store, key: str) -> str | None:
@@ -127,26 +134,31 @@ def gather(own: Tensor, where: slice, count: int) -> Tensor:
         return own
     whole = own.new_zeros(len(own), count, *own.shape[2:])
     whole[:, where] = own
-    all_sum(whole)
-    return whole
+    return sums(whole)[0]
 
 
-def all_sum(*tensors: Tensor) -> None:
-    """Sum over the ranks, in place."""
-    if ranks() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+def sums(*own: Tensor) -> tuple[Tensor, ...]:
+    """Sums over the ranks of tensors that every rank has."""
+    if ranks() == 1:
+        return own
+    total = [tensor.clone() for tensor in own]
+    for tensor in total:
+        dist.all_reduce(tensor)
+    return tuple(total)
 
 
-def begin_maximum(*values: float) -> Callable[[], list[float]]:
-    """The largest of each value on any rank, agreed on while other work goes on.
+def begin_maxima(own: Callable[[], Iterable[float]]) -> Callable[[], list[float]]:
+    """The largest of each number on any rank, agreed on while other work goes on.
+
+    Args:
+        own: this rank's numbers. They are asked for at once; in a single process when they are wanted.
 
     Returns:
         What waits for the other ranks and gives the maxima.
     """
     if ranks() == 1:
-        return lambda: list(values)
-    largest = torch.tensor(values, dtype=torch.float64)  # on the CPU: no wait for a device
+        return lambda: list(own())
+    largest = torch.tensor([float(number) for number in own()], dtype=torch.float64)  # on the CPU, no device waits
     work = dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True)
 
     def wait() -> list[float]:
@@ -167,7 +179,14 @@ def parallel(model: nn.Module) -> nn.Module:
     """What runs a training pass: gradients become their mean over the ranks, while the backward pass goes on."""
     if ranks() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        # torch 2.15 calls it forward_sync_buffers
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def weighted(mean: Tensor, images: int, of: int) -> Tensor:
+    """A mean over this rank's ``images`` such that the ranks' mean is the mean over all ``of`` of a batch."""
+    return mean if ranks() == 1 else mean * (images * ranks() / of)
 
 
 # --- what is the same everywhere -------------------------------------------------------------------------------------
@@ -175,44 +194,57 @@ def parallel(model: nn.Module) -> nn.Module:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    begin_maximum(0)()
+    _any(False)
 
 
 @contextmanager
 def in_turn() -> Iterator[None]:
     """Rank 0 goes first, then the first rank of every other machine, then the rest: what the first writes, the others
-    find. If it fails, they fail by themselves."""
-    turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
-    for _ in range(turn):
-        barrier()
-    try:
-        yield
-    finally:
-        for _ in range(turn, 2):
-            barrier()
+    find. All leave together; if one fails, so do the others, and leave it to it to say why."""
+    mine = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for turn in range(3):
+        failed = None
+        if turn == mine:
+            try:
+                yield
+            except Exception as error:
+                failed = error
+        any_failed = _any(failed is not None)
+        if failed is not None:
+            raise failed
+        if any_failed:
+            raise SystemExit(1)
 
 
-def check_same(place: str, **what) -> None:
-    """Check that all ranks are at the same place with the same results.
+def _any(own: bool) -> bool:
+    (largest,) = begin_maxima(lambda: [own])()
+    return bool(largest)
+
+
+def check_same(place: str, results: Callable[[], dict]) -> None:
+    """Check that all ranks are at the same place of the program with the same results.
 
     Args:
         place: for the message.
-        what: short results that JSON can hold: numbers and checksums.
+        results: numbers, checksums and what else JSON holds, by name; asked for on several ranks only.
 
     Raises:
-        RanksDifferError: on all ranks; the message names what differs.
+        RanksDifferError: on all ranks; the message shows what differs.
     """
     if ranks() == 1:
         return
-    own = json.dumps({"place": place} | what).encode()
-    if len(own) > DESCRIPTION:
-        raise ValueError(f"{len(own)} bytes to compare, more than {DESCRIPTION}")
-    own = torch.frombuffer(bytearray(own.ljust(DESCRIPTION)), dtype=torch.uint8)
+    lines = [place, *(f"{name} {json.dumps(value)}" for name, value in results().items())]
+    text = "\n".join(lines).encode()
+    message = hashlib.sha256(text).digest() + text[: MESSAGE - 32].ljust(MESSAGE - 32)
+    own = torch.frombuffer(bytearray(message), dtype=torch.uint8)
     everyones = [torch.empty_like(own) for _ in range(ranks())]
     dist.all_gather(everyones, own)
-    first, *others = (json.loads(bytes(one.tolist())) for one in everyones)
-    for number, other in enumerate(others, start=1):
-        differ = [f"{name} is {first.get(name)} on rank 0, {other.get(name)} on rank {number}"
-                  for name in first | other if first.get(name) != other.get(name)]  # fmt: skip
-        if differ:
-            raise RanksDifferError(f"the ranks differ ({'; '.join(differ)})")
+    if any(not torch.equal(one, everyones[0]) for one in everyones):
+        said = [bytes(one[32:].tolist()).decode(errors="replace").strip().split("\n") for one in everyones]
+        odd = next(n for n, one in enumerate(everyones) if not torch.equal(one, everyones[0]))
+        differ = [f"rank {n}: {', '.join(line for line in said[n] if line not in said[m])}"
+                  for n, m in ((0, odd), (odd, 0))]  # fmt: skip
+        raise RanksDifferError(f"the ranks differ at {said[0][0]} ({'; '.join(differ)}): {_KEPT}")
+
+
+_KEPT = "what was saved before stays; the same command goes on from there"

@@ -4,6 +4,8 @@ import signal
 import threading
 from contextlib import contextmanager
 
+from . import distributed
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -33,13 +35,14 @@ def stopping():
 @contextmanager
 def stop_deferred():
     """Within, a signal waits: it is put into the list that is yielded, for the program to look at, and ``Stopped`` is
-    raised at the end. A second signal interrupts at once, wherever the program is."""
+    raised at the end. A second signal interrupts at once, wherever the program is; not so on several ranks, where
+    torchrun and a scheduler may both send one."""
     asked = []
 
     def note(number, frame):
-        if asked:
+        if asked and distributed.ranks() == 1:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked[:] = [number]
 
     with _handled_by(note):
         yield asked
