@@ -7,6 +7,7 @@ process there is no group of ranks, and the functions here do nothing.
 import hashlib
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -66,6 +67,7 @@ def group() -> Iterator[Callable[[str], None]]:
     errors = sys.stderr
 
     def complain(line: str) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks as soon as one has ended
         if number == 0:
             print(line, file=errors, flush=True)
             store.set("error", line)

@@ -152,7 +152,14 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         default="cosine",
         help="learning rate over the epochs: cosine to 0, or a tenth after 1/2 and again after 3/4 of them",
     )
-    add(training, "--batch_size", type=_positive_int, default=128, metavar="N", help="images per step")
+    add(
+        training,
+        "--batch_size",
+        type=_positive_int,
+        default=128,
+        metavar="N",
+        help="images per step, of all ranks together",
+    )
     add(training, "--learning_rate", type=_positive, default=0.3, metavar="RATE", help="learning rate of epoch 0")
     add(
         training,
@@ -341,7 +348,13 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
     run = parser.add_argument_group("run")
     add(run, "--seed", type=_whole, default=1234, metavar="N", help="fixes all that is random, together with --round")
     add(run, "--round", type=_positive_int, default=1, metavar="N", help="repetition, for mean and deviation")
-    add(run, "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+    add(
+        run,
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one; on several ranks each takes its own",
+    )
     add(
         run,
         "--precision",
