@@ -1,4 +1,4 @@
-"""What ``test_distributed.py`` has two ranks do: ``torchrun --nproc_per_node 2 tests/on_two_ranks.py FOLDER`` runs every
+"""What two ranks do. ``torchrun --nproc_per_node 2 tests/on_two_ranks.py FOLDER`` runs every
 ``check_`` below on both, up to the first that fails, and writes what came of it into FOLDER/rank<N>.json."""
 
 import copy
@@ -27,7 +27,7 @@ EXACT = {"rtol": 0, "atol": 1e-12}
 
 def alone():
     """Within, this process is the only one."""
-    return mock.patch.object(distributed, "ranks", lambda: 1)
+    return mock.patch.object(distributed, "ranks", return_value=1)
 
 
 def mine(*parts):
@@ -232,17 +232,18 @@ def check_another_mask_on_a_rank_is_refused(folder):
                 mask["stem.weight"][0] ^= True
             return mask
 
-        with mock.patch.object(module, differing, wrong):
-            with pytest.raises(distributed.RanksDifferError) as error:
-                train(method, folder, "--exp_name", f"masks-{method}")
+        with mock.patch.object(module, differing, wrong), pytest.raises(distributed.RanksDifferError) as error:
+            train(method, folder, "--exp_name", f"masks-{method}")
         assert ("a ticket" if "laterewind" in method else "a checkpoint") in str(error.value)
 
 
 def check_other_timesteps_on_a_rank_are_refused(folder):
     for method in ("earlyT_laterewindlth", "earlyT_earlybird"):
-        with mock.patch(f"train_snn_{method}.early_time", lambda *_: 2 + distributed.rank()):
-            with pytest.raises(distributed.RanksDifferError, match="rank 0: early_time 2; rank 1: early_time 3"):
-                train(method, folder, "--exp_name", f"timesteps-{method}")
+        with (
+            mock.patch(f"train_snn_{method}.early_time", return_value=2 + distributed.rank()),
+            pytest.raises(distributed.RanksDifferError, match="rank 0: early_time 2; rank 1: early_time 3"),
+        ):
+            train(method, folder, "--exp_name", f"timesteps-{method}")
 
 
 def check_other_weights_on_a_rank_are_refused(folder):
@@ -254,9 +255,11 @@ def check_other_weights_on_a_rank_are_refused(folder):
         return model
 
     script("oneshot")
-    with mock.patch("train_snn_oneshot.build_model", wrong):
-        with pytest.raises(distributed.RanksDifferError, match="a ticket .*weights"):
-            train("oneshot", folder, "--exp_name", "weights")
+    with (
+        mock.patch("train_snn_oneshot.build_model", wrong),
+        pytest.raises(distributed.RanksDifferError, match="a ticket .rank 0: weights"),
+    ):
+        train("oneshot", folder, "--exp_name", "weights")
 
 
 def check_finite_losses_are_looked_at_together(folder):
