@@ -4,6 +4,7 @@ that is compiled."""
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from spikingjelly.activation_based import functional, layer
 from torch import Tensor, nn
 
@@ -31,11 +32,86 @@ class BatchNorm(nn.BatchNorm2d):
     def __init__(self, channels: int, statistics: str = "per_timestep"):
         super().__init__(channels)
         self.statistics = statistics
+        self.synchronised = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.synchronised:
+            return self._synchronised(x)
         if self.training and self.statistics == "per_timestep":
             return torch.stack([super(BatchNorm, self).forward(x_t) for x_t in x])
         return functional.seq_to_ann_forward(x, super().forward)
+
+    @torch.compiler.disable  # a graph ends at a collective
+    def _synchronised(self, x: Tensor) -> Tensor:
+        """As in ``forward``, with the statistics of the images of all ranks."""
+        groups = x if self.statistics == "per_timestep" else x.flatten(0, 1).unsqueeze(0)  # [G,N,C,H,W]
+        y, means, variances = _NormAcrossRanks.apply(groups, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked += len(groups)
+            for mean, variance in zip(means, variances, strict=True):
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance, self.momentum)
+        return y.view_as(x)
+
+
+class _NormAcrossRanks(torch.autograd.Function):
+    """Batch norm of groups [G, N, C, H, W], each over the N images that this rank and all others have; N may be 0.
+
+    One all-reduce forward and one backward. Sums are taken in fp64, so they are the same however the images are
+    divided. Beside the output: mean and unbiased variance [G, C] for the running statistics, which get no gradient.
+    torch's ``SyncBatchNorm`` knows no CPU, and takes one group at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        exact, channels = x.double(), x.shape[2]
+        own = exact.new_full((len(x), 1), x[0, :, 0].numel())  # values of a group and channel
+        sums = torch.cat([_over_images(exact), _over_images(exact.square()), own], dim=1)  # [G,2C+1]
+        dist.all_reduce(sums)
+        total, squares, count = sums.split([channels, channels, 1], dim=1)
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        unbiased = variance * (count / (count - 1))
+        scale = (variance + eps).rsqrt()
+        mean, unbiased, scale = (term.to(weight.dtype) for term in (mean, unbiased, scale))  # [G,C]
+        ctx.save_for_backward(x, weight, mean, scale, count)
+        ctx.mark_non_differentiable(mean, unbiased)
+        factor = weight * scale
+        y = torch.addcmul(_per_channel(bias - mean * factor), x, _per_channel(factor))
+        return y.to(x.dtype), mean, unbiased
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, *_):
+        x, weight, mean, scale, count = ctx.saved_tensors
+        exact = dy.double()
+        d_bias = _over_images(exact)  # [G,C]
+        d_weight = scale * (_over_images(exact * x) - mean * d_bias)
+        own = d_weight.sum(0).to(weight.dtype), d_bias.sum(0).to(weight.dtype)  # DDP adds the others'
+        sums = torch.cat([d_weight, d_bias], dim=1)
+        dist.all_reduce(sums)
+        d_weight, d_bias = (sums / count).to(weight.dtype).chunk(2, dim=1)
+        # weight * scale * (dy - mean of dy - z * mean of dy z), where z = scale * (x - mean)
+        factor, slope = weight * scale, -weight * scale.square() * d_weight
+        dx = torch.addcmul(_per_channel(-factor * d_bias - slope * mean), x, _per_channel(slope))
+        return torch.addcmul(dx, dy, _per_channel(factor)).to(x.dtype), *own, None
+
+
+def _over_images(x: Tensor) -> Tensor:
+    """Sum of [G, N, C, H, W] to [G, C]."""
+    return x.sum((1, 3, 4))
+
+
+def _per_channel(terms: Tensor) -> Tensor:
+    """Terms [G, C] as [G, 1, C, 1, 1]."""
+    return terms[:, None, :, None, None]
+
+
+def synchronise_batch_norms(model: nn.Module) -> None:
+    """Let all batch norms take their training statistics from the images of all ranks of torch.distributed's default
+    group. Every rank must then run every training pass, with images or without."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.synchronised = True
 
 
 class NormAndFire(nn.Module):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from models.lif import LIF
 
+from . import distributed
 from .data import Split
 from .masks import Mask
 
@@ -35,7 +36,7 @@ class _Neurons:
     spikes: Tensor | int = 0  # int64 []
 
     def __call__(self, layer: LIF, inputs: tuple[Tensor], spikes: Tensor) -> None:
-        self.size = spikes[:, 0].numel()
+        self.size = len(spikes) * spikes.shape[2:].numel()
         self.spikes += spikes.count_nonzero()
 
 
@@ -44,14 +45,14 @@ class _Connections:
     """A convolution or linear layer, as a forward hook sees it."""
 
     active: Tensor | int = 0  # fp64 [C,H,W] or [C]: how often each input was not 0
-    real: Tensor | bool = False  # bool []: was there an input that is neither 0 nor 1
+    real: Tensor | int = 0  # int64 []: batches with an input that is neither 0 nor 1
     positions: int = 0  # outputs that share one kernel
 
     def __call__(self, layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
         x, y = (tensor.flatten(0, -layer.weight.ndim) for tensor in (inputs[0], output))  # [T*B,C,H,W] or [T*B,C]
-        self.positions = y[0, 0].numel()
+        self.positions = y.shape[2:].numel()
         self.active += (x != 0).sum(0, dtype=torch.float32).double()  # a batch's counts are exact in fp32, and fast
-        self.real |= ((x != 0) & (x != 1)).any()
+        self.real += ((x != 0) & (x != 1)).any()
 
     def operations(self, layer: nn.Conv2d | nn.Linear, kept: Tensor) -> float:
         """Operations of all images, exact up to 2^53; ``kept`` is the layer's mask."""
@@ -64,7 +65,8 @@ class _Connections:
 
 @torch.inference_mode()
 def measure(model: nn.Module, mask: Mask, split: Split, timesteps: int, precision: str = "fp32") -> dict:
-    """Run the un-augmented images in eval mode and count; the model does not change.
+    """Run the un-augmented images in eval mode and count; the model does not change. On several ranks each runs its
+    part, and all have the counts of all.
 
     Args:
         model: its neurons are ``LIF`` modules, its connections those of convolutions (in one group) and linear layers.
@@ -96,9 +98,13 @@ def measure(model: nn.Module, mask: Mask, split: Split, timesteps: int, precisio
         for name, hook in (neurons | layers).items():
             stack.enter_context(modules[name].register_forward_hook(hook))
         model.eval()
-        for images, _ in split.batches(BATCH):
+        for images, _ in split.part(distributed.part_of(len(split), BATCH)).batches(BATCH):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 model(images, timesteps)
+    for layer in neurons.values():
+        (layer.spikes,) = distributed.sums(layer.spikes)
+    for layer in layers.values():
+        layer.active, layer.real = distributed.sums(layer.active, layer.real)
 
     synops = macs = 0.0
     for name, layer in layers.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from . import distributed
 from .augment import Recipe, augment, draw, normalise
 from .errors import InputError
 from .files import checksum, read_tensors, write_tensors
@@ -59,7 +60,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
-    def part(self, indices: Tensor) -> "Split":
+    def part(self, indices: Tensor | slice) -> "Split":
         return Split(self.images[indices], self.labels[indices], self.spec)
 
     def to(self, device) -> "Split":
@@ -76,14 +77,16 @@ class Split:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch in random order, from batch ``first`` on: normalised augmented images fp32 [B,C,H,W], labels [B].
 
-        All that is random comes from the CPU ``generator`` before the first batch.
+        All that is random comes from the CPU ``generator`` before the first batch. On several ranks each has its part
+        of every batch, which may be empty in the last one.
         """
         device = self.images.device
         mean, std = self._statistics()
         order = torch.randperm(len(self), generator=generator).to(device)
         draws = draw(self.spec.recipe, len(self), tuple(self.images.shape[-2:]), generator).to(device)
         for start in range(first * batch_size, len(self), batch_size):
-            part = slice(start, start + batch_size)
+            own = distributed.part_of(min(batch_size, len(self) - start))
+            part = slice(start + own.start, start + own.stop)
             images = augment(self.images[order[part]], self.spec.recipe, draws[part])
             yield normalise(images, mean, std), self.labels[order[part]]
 
@@ -119,14 +122,15 @@ def load_data(args) -> Data:
         InputError: the data is missing, damaged or smaller than asked for; the message names the place.
     """
     spec = DATASETS[args.dataset]
-    if args.dataset == "digits":
-        arrays = _digits()
-    elif args.dataset == "synthetic":
-        arrays = _synthetic()
-    elif tree := _find_tree(Path(args.data_dir), args.dataset):
-        arrays = _image_folder(*tree, spec.channels)
-    else:
-        arrays = _torchvision(args.dataset, Path(args.data_dir))
+    with distributed.in_turn():  # one downloads and decodes
+        if args.dataset == "digits":
+            arrays = _digits()
+        elif args.dataset == "synthetic":
+            arrays = _synthetic()
+        elif tree := _find_tree(Path(args.data_dir), args.dataset):
+            arrays = _image_folder(*tree, spec.channels)
+        else:
+            arrays = _torchvision(args.dataset, Path(args.data_dir))
     train, test = (Split(_at_least(images, SMALLEST), labels.long(), spec).to(args.device) for images, labels in arrays)
     classes = int(train.labels.max()) + 1
     for split, count, flag in (

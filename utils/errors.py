@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from . import distributed
 from .signals import Stopped, stopping
 
 
@@ -33,24 +34,25 @@ def one_line_errors(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        try:
-            with stopping():
-                return main(argv)
-        except (InputError, OSError) as error:
-            code, line = 2, f"error: {error}"
-        except RuntimeError as error:  # torch has no class of its own for memory of the CPU
-            code, line = 1, _what_to_do(error)
-            if line is None:
-                raise
-        except DivergedError as error:
-            code, line = 1, f"error: {error}"
-        except InUseError as error:
-            code, line = os.EX_TEMPFAIL, f"{error}: wait for it, or use another --exp_name"
-        except KeyboardInterrupt as stop:
-            code = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
-            line = "stopped: the same command, without --restart, goes on from the last checkpoint"
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        raise SystemExit(code)
+        with distributed.group() as complain:
+            try:
+                with stopping():
+                    return main(argv)
+            except (InputError, OSError) as error:
+                code, line = 2, f"error: {error}"
+            except RuntimeError as error:  # torch has no class of its own for memory of the CPU
+                code, line = 1, _what_to_do(error)
+                if line is None:
+                    raise
+            except (DivergedError, distributed.RanksDifferError) as error:
+                code, line = 1, f"error: {error}"
+            except InUseError as error:
+                code, line = os.EX_TEMPFAIL, f"{error}: wait for it, or use another --exp_name"
+            except KeyboardInterrupt as stop:
+                code = 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+                line = "stopped: the same command, without --restart, goes on from the last checkpoint"
+            complain(f"{Path(sys.argv[0]).name}: {line}")
+            raise SystemExit(code)
 
     return wrapped
 
@@ -61,4 +63,7 @@ def _what_to_do(error: RuntimeError) -> str | None:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).split("\n")[0]
         return f"error: torch.compile does not work here ({reason}): leave out --compile (and use another --exp_name)"
+    if distributed.lost_contact(error):
+        reason = str(error).split("\n")[0]
+        return f"error: contact to another rank is lost ({reason}): the same command goes on from the last checkpoint"
     return None

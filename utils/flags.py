@@ -9,6 +9,7 @@ import torch
 
 from models import ARCHITECTURES, BATCH_NORMS, NEURONS
 
+from . import distributed
 from .data import DATASETS
 from .early_time import DIVERGENCES
 from .files import checksum
@@ -130,6 +131,17 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         default="per_timestep",
         help="where batch norm takes its training statistics from",
     )
+    add(
+        network,
+        "--sync_batch_norm",
+        action="store_true",
+        default=True,
+        shown="on",
+        help="on several ranks: training statistics of the whole batch, not of each rank's part",
+    )
+    network.add_argument(
+        "--no_sync_batch_norm", dest="sync_batch_norm", action="store_false", default=True, help="of each rank's part"
+    )
 
     training = parser.add_argument_group("training")
     add(training, "--optimizer", choices=("sgd", "adam"), default="sgd", help="optimizer")
@@ -140,7 +152,14 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         default="cosine",
         help="learning rate over the epochs: cosine to 0, or a tenth after 1/2 and again after 3/4 of them",
     )
-    add(training, "--batch_size", type=_positive_int, default=128, metavar="N", help="images per step")
+    add(
+        training,
+        "--batch_size",
+        type=_positive_int,
+        default=128,
+        metavar="N",
+        help="images per step, of all ranks together",
+    )
     add(training, "--learning_rate", type=_positive, default=0.3, metavar="RATE", help="learning rate of epoch 0")
     add(
         training,
@@ -329,7 +348,13 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
     run = parser.add_argument_group("run")
     add(run, "--seed", type=_whole, default=1234, metavar="N", help="fixes all that is random, together with --round")
     add(run, "--round", type=_positive_int, default=1, metavar="N", help="repetition, for mean and deviation")
-    add(run, "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+    add(
+        run,
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one; on several ranks each takes its own",
+    )
     add(
         run,
         "--precision",
@@ -403,6 +428,10 @@ def get_args(method: str, description: str | None = None, argv: list[str] | None
                 f"argument --early_time_epoch: must be from 1 to {args.end_iter - 1}, before --end_iter "
                 f"{args.end_iter}, got {args.early_time_epoch}"
             )
+    if args.batch_size < distributed.ranks():
+        parser.error(
+            f"argument --batch_size: must be at least {distributed.ranks()}, the number of ranks, got {args.batch_size}"
+        )
     args.device = _device(parser, args.device)
     if args.precision is None:
         args.precision = "bf16" if args.device.startswith("cuda") else "fp32"
@@ -459,7 +488,7 @@ def _check_sparsity(parser, args) -> None:
 
 def _device(parser, name: str) -> str:
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -471,12 +500,22 @@ def _device(parser, name: str) -> str:
             parser.error(f"argument --device: {name} was asked for, but torch {torch.__version__} finds no GPU here")
         if (device.index or 0) >= torch.cuda.device_count():
             parser.error(f"argument --device: {name} was asked for, this machine has {torch.cuda.device_count()} GPU")
+        if distributed.ranks() > 1 and device.index is not None:
+            parser.error(f"argument --device: every rank takes a GPU of its own: cuda instead of {name}")
+        if distributed.ranks_here() > torch.cuda.device_count():
+            parser.error(
+                f"argument --device: {distributed.ranks_here()} ranks were started on a machine with "
+                f"{torch.cuda.device_count()} GPU: start fewer, or use cpu"
+            )
     return str(device) if device.type == "cuda" else "cpu"
 
 
 def _note_unused(args, parser, argv: list[str]) -> None:
     """Say which of the given flags have no effect here: nothing is ignored in silence."""
-    given = sorted(without_effect(args) & {word.split("=")[0] for word in argv})
+    unused = without_effect(args)
+    if distributed.ranks() == 1:
+        unused |= {"--sync_batch_norm", "--no_sync_batch_norm"}
+    given = sorted(unused & {word.split("=")[0] for word in argv})
     if given:
         print(f"note: {', '.join(given)} without effect in this run")
 

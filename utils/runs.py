@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .activity import measure
 from .curves import Curves
 from .data import Data, Split
@@ -55,7 +56,8 @@ class Progress:
 
 
 class Run:
-    """One run's folder, ``<output_dir>/<exp_name>/<dataset>-<arch>-round<N>``.
+    """One run's folder, ``<output_dir>/<exp_name>/<dataset>-<arch>-round<N>``. Of several ranks all read it, and rank 0
+    writes.
 
     Args:
         args: the checked flags.
@@ -72,7 +74,7 @@ class Run:
         saved = getattr(args, "ticket_checksum", None) is not None
         if saved and Path(args.ticket).resolve().is_relative_to(self.folder.resolve()):
             raise InputError(f"{args.ticket} lies in this run's own folder: give the run another --exp_name")
-        self.curves = Curves(self._path("tensorboard")) if args.tensorboard else None
+        self.curves = Curves(self._path("tensorboard")) if args.tensorboard and distributed.rank() == 0 else None
         self.rows, self.results = [], []
         self.damage: list[str] = []  # what is wrong with these files
         self.position = 0  # where in the rows the next epoch belongs
@@ -89,8 +91,14 @@ class Run:
             InUseError: another process is at this run.
             InputError: the run was begun with other images.
         """
-        self.lock = hold(self._path("lock"), f"{self.folder} is in use")
-        if self.args.restart:
+        with distributed.in_turn():
+            self._begin(data)
+
+    def _begin(self, data: Data) -> None:
+        first = distributed.rank() == 0
+        if first:
+            self.lock = hold(self._path("lock"), f"{self.folder} is in use")
+        if first and self.args.restart:
             for name in WRITTEN:
                 _delete(self._path(name))
         before = self._read()  # the process that had the folder may have gone on
@@ -101,14 +109,15 @@ class Run:
             before = self._flags() | now | {"data_checksum": images, "format": FORMAT}
         if before.get("data_checksum") != images:
             raise InputError(f"{self.folder} was begun with other images than there are now: {REMEDY}")
-        for path in (self._path("args.json"), self._path(COPY)):
-            if self.damage or not path.exists():
-                write_json(path, sealed(before))
+        if first:
+            for path in (self._path("args.json"), self._path(COPY)):
+                if self.damage or not path.exists():
+                    write_json(path, sealed(before))
+            for leftover in self.folder.rglob(f"*{TEMPORARY}"):
+                leftover.unlink()
         for name in ("versions", "device_name", "threads"):
             if before.get(name) != now[name]:
                 print(f"note: {self.folder} was begun with {name} {before.get(name)}, now there are {now[name]}")
-        for leftover in self.folder.rglob(f"*{TEMPORARY}"):
-            leftover.unlink()
 
     # --- going on ------------------------------------------------------------------------------------------------
 
@@ -138,7 +147,8 @@ class Run:
         """
         self.stage, self.start = (phase, level), checksum(model.state_dict())
         first = epochs.start
-        metadata = self._load_newest(checkpoint, model, optimizer, recent)
+        with distributed.in_turn():  # a damaged one is put aside
+            metadata = self._load_newest(checkpoint, model, optimizer, recent)
         if metadata is not None:
             first = metadata["epoch"]
             self._restore_rows(metadata["rows"])
@@ -201,8 +211,11 @@ class Run:
         metadata = {"format": FORMAT, "stage": checkpoint.stem, "start": self.start}
         metadata |= {"epoch": epoch, "masks": len(recent), "rows": rows}
         with stop_deferred():
-            write_tensors(checkpoint, tensors, metadata, before=self.checkpoint(PREVIOUS))
-            self.checkpoint(INTERRUPTED).unlink(missing_ok=True)
+            distributed.check_same("a checkpoint", lambda: metadata | {"tensors": checksum(tensors)})
+            if distributed.rank() == 0:
+                write_tensors(checkpoint, tensors, metadata, before=self.checkpoint(PREVIOUS))
+                self.checkpoint(INTERRUPTED).unlink(missing_ok=True)
+            distributed.barrier()
 
     def save_epoch(
         self, phase: str, level: int, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
@@ -210,9 +223,10 @@ class Run:
         """Write an epoch that is stopped before its end, beside the checkpoint of the one before."""
         tensors = _state(model, optimizer) | {"losses": progress.losses, "correct": progress.correct}
         metadata = {"format": FORMAT, "phase": phase, "level": level, "epoch": epoch, "start": self.start}
-        write_tensors(
-            self.checkpoint(INTERRUPTED), tensors, metadata | {"step": progress.step, "seconds": progress.seconds}
-        )
+        metadata |= {"step": progress.step, "seconds": progress.seconds}
+        if distributed.rank() == 0:
+            write_tensors(self.checkpoint(INTERRUPTED), tensors, metadata)
+        distributed.barrier()
 
     def resume_epoch(
         self, phase: str, level: int, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
@@ -232,8 +246,9 @@ class Run:
             return begun
         if here.items() <= metadata.items() and tensors["losses"].shape == begun.losses.shape:
             _load_state(tensors, model, optimizer)
-            begun.losses.copy_(tensors["losses"])
-            begun.correct.copy_(tensors["correct"])
+            if distributed.rank() == 0:  # they are the sums over the ranks
+                begun.losses.copy_(tensors["losses"])
+                begun.correct.copy_(tensors["correct"])
             begun.step, begun.seconds = metadata["step"], metadata["seconds"]
         return begun
 
@@ -264,6 +279,7 @@ class Run:
 
     def log_epoch(self, **row) -> None:
         """Add an epoch's row to ``metrics.jsonl``."""
+        distributed.check_same("the end of an epoch", lambda: row)
         self.rows.insert(self.position, row)
         self.position += 1
         self._write_rows()
@@ -272,6 +288,7 @@ class Run:
 
     def note(self, **fields) -> None:
         """Add fields to the row of the newest epoch."""
+        distributed.check_same("a decision", lambda: fields)
         row = self.rows[self.position - 1]
         row.update(fields)
         self._write_rows()
@@ -308,6 +325,12 @@ class Run:
             print(
                 f"warning: at level {level} no weight is left in {', '.join(empty)}: no signal passes", file=sys.stderr
             )
+        results = {"level": level, "epoch": epoch}
+        distributed.check_same("a ticket", lambda: results | {"mask": checksum(mask), "weights": checksum(weights)})
+        with distributed.in_turn():
+            self._save_ticket(level, mask, weights, epoch, source)
+
+    def _save_ticket(self, level: int, mask: Mask, weights: dict[str, Tensor], epoch: int, source: dict | None) -> None:
         path = self.ticket_path(level)
         try:
             on_disk = load_ticket(path, "it is written again") if path.exists() else None
@@ -377,7 +400,9 @@ class Run:
                 )
             others = [row for row in self.results if row["level"] != level]
             self.results = sorted([*others, result], key=lambda row: row["level"])
-            write_json(self._path("results.json"), [sealed(row) for row in self.results])
+            if distributed.rank() == 0:
+                write_json(self._path("results.json"), [sealed(row) for row in self.results])
+            distributed.barrier()
 
     @property
     def search_timesteps(self) -> int:
@@ -476,7 +501,8 @@ class Run:
             return None
 
     def _write_rows(self) -> None:
-        write_rows(self._path("metrics.jsonl"), self.rows)
+        if distributed.rank() == 0:
+            write_rows(self._path("metrics.jsonl"), self.rows)
 
 
 def results_table(results: list[dict]) -> str:
@@ -527,6 +553,7 @@ def _circumstances(args, seed: int) -> dict:
         "effective_seed": seed,
         "versions": versions(),
         "device_name": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "CPU",
+        "ranks": distributed.ranks(),
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(Path(__file__).resolve().parent.parent),
     }

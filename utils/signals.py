@@ -4,6 +4,8 @@ import signal
 import threading
 from contextlib import contextmanager
 
+from . import distributed
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -33,14 +35,14 @@ def stopping():
 @contextmanager
 def stop_deferred():
     """Within, a signal waits: it is put into the list that is yielded, for the program to look at, and ``Stopped`` is
-    raised at the end. A second Ctrl-C interrupts at once, wherever the program is; a second SIGTERM does not, a
-    scheduler may send it to the launcher and to the run."""
+    raised at the end. A second Ctrl-C interrupts at once, wherever the program is, but not on several ranks; a second
+    SIGTERM does not, a scheduler may send it to the launcher and to the run."""
     asked = []
 
     def note(number, frame):
-        if number == signal.SIGINT and number in asked:
+        if number == signal.SIGINT and number in asked and distributed.ranks() == 1:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked[:] = [number]
 
     with _handled_by(note):
         yield asked

@@ -5,6 +5,7 @@ import copy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import distributed
 from .data import Split
 from .masks import prunable
 
@@ -15,7 +16,8 @@ def snip_scores(model: nn.Module, samples: Split, timesteps: int) -> dict[str, T
     """|w dL/dw| of every prunable weight, by parameter name.
 
     L is the training loss on the un-augmented samples, with batch norm in training mode and the gradient of spikes that
-    of the surrogate. The model is not changed.
+    of the surrogate. The model is not changed. On several ranks the scores are those of rank 0: CUDA adds up gradients
+    in any order.
 
     Args:
         model: at initialisation.
@@ -28,4 +30,6 @@ def snip_scores(model: nn.Module, samples: Split, timesteps: int) -> dict[str, T
         logits = model(images, timesteps)  # [T,B,classes]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(timesteps))
         (loss * len(labels) / len(samples)).backward()
-    return {name: (weight * weight.grad).detach().abs() for name, weight in prunable(model).items()}
+    scores = {name: (weight * weight.grad).detach().abs() for name, weight in prunable(model).items()}
+    distributed.from_rank_0(scores.values())
+    return scores

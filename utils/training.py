@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from models.layers import synchronise_batch_norms
+
+from . import distributed
 from .data import Data, Split
 from .errors import DivergedError
+from .files import checksum
 from .masks import Mask, prunable
 from .runs import Run, clock
 from .signals import Stopped, stop_deferred
@@ -63,7 +68,10 @@ def forward(model: nn.Module, inputs: Tensor, timesteps: int, precision: str, ba
 
 
 def loss_over_time(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each timestep's logits [T,B,classes], averaged over the timesteps run and the batch."""
+    """Cross-entropy of each timestep's logits [T,B,classes], averaged over the timesteps run and the batch; 0 without
+    images."""
+    if len(labels) == 0:
+        return logits.sum()
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(len(logits)))
 
 
@@ -85,7 +93,7 @@ def fit(
 
     An epoch's order and augmentation depend on the seed, the level and the epoch alone. With a checkpoint, training
     goes on from it, and a range that it has finished is read back instead. An epoch that a signal stopped goes on with
-    its next step.
+    its next step. On several ranks each trains on its part of every batch, and all end with the same weights.
 
     Args:
         model: trained in place.
@@ -104,11 +112,19 @@ def fit(
 
     Raises:
         DivergedError: the loss or the weights are not finite; the checkpoint of the epoch before stays.
+        RanksDifferError: the ranks have not come to the same weights or mask.
         Stopped: a signal came; the epoch is saved as far as it is done.
     """
     first = epochs.start
     if checkpoint is not None:
         first = run.resume(checkpoint, phase, level, epochs, model, optimizer)
+    here = {"phase": phase, "level": level, "epoch": first, "timesteps": timesteps}
+    distributed.check_same(
+        "the start of training", lambda: here | {"weights": checksum(model.state_dict()), "mask": checksum(mask)}
+    )
+    if distributed.ranks() > 1 and args.sync_batch_norm:
+        synchronise_batch_norms(model)
+    network = distributed.parallel(model)
     update, images = MaskedUpdate(optimizer, model, mask), len(data.train)
     for epoch in range(first, epochs.stop):
         update.set_learning_rate(learning_rate(args, epoch, level))
@@ -119,24 +135,27 @@ def fit(
         last = epoch + 1 == args.end_iter
         tested = last or (epoch + 1) % args.valid_freq == 0
         try:
-            loss, accuracy = _train_epoch(model, images, batches, progress, update, timesteps, args, title, left)
-            _check_weights(model, title, update.learning_rate)
-            run.log_epoch(
-                phase=phase,
-                level=level,
-                epoch=epoch,
-                timesteps=timesteps,
-                lr=update.learning_rate,
-                loss=loss,
-                train_accuracy=accuracy,
-                test_accuracy=evaluate(model, data.test, timesteps, args.precision) if tested else None,
-                seconds=progress.seconds,
-                **(observe() if observe is not None else {}),
-            )
-            run.report_epoch(title, images_per_second=images / progress.seconds)
+            with _stopped_together():
+                loss, accuracy = _train_epoch(network, images, batches, progress, update, timesteps, args, title, left)
+                distributed.from_rank_0(model.buffers())  # statistics that are not synchronised
+                _check_weights(model, title, update.learning_rate)
+                run.log_epoch(
+                    phase=phase,
+                    level=level,
+                    epoch=epoch,
+                    timesteps=timesteps,
+                    lr=update.learning_rate,
+                    loss=loss,
+                    train_accuracy=accuracy,
+                    test_accuracy=evaluate(model, data.test, timesteps, args.precision) if tested else None,
+                    seconds=progress.seconds,
+                    **(observe() if observe is not None else {}),
+                )
+                run.report_epoch(title, images_per_second=images / progress.seconds)
         except Stopped:
             _check_weights(model, title, update.learning_rate)
-            run.save_epoch(phase, level, epoch, model, optimizer, progress)
+            with _stopped_together():
+                run.save_epoch(phase, level, epoch, model, optimizer, progress)
             print(f"{title}: stopped and saved after step {progress.step} of {len(progress.losses)}", flush=True)
             raise
         if checkpoint is not None:
@@ -176,38 +195,68 @@ class MaskedUpdate:
             torch._foreach_mul_(self.weights, self.keep)
 
 
-def _train_epoch(model, images, batches, progress, update, timesteps, args, title, time_left) -> tuple[float, float]:
+def _train_epoch(network, images, batches, progress, update, timesteps, args, title, time_left) -> tuple[float, float]:
     """What is left of one pass over the training images: mean loss, and accuracy in % on the augmented images. A
-    signal to stop waits for the end of the step."""
-    model.train()
+    signal to stop waits for the end of the step, and on several ranks all stop after the same one."""
+    network.train()
     began = progress.step
     started = time.perf_counter() - progress.seconds
     next_read = time.perf_counter() + SECONDS_BETWEEN_READS
     seen = min(progress.step * args.batch_size, images)
+    full = distributed.part_of(min(args.batch_size, images))  # of a batch, on this rank
     bar = tqdm(total=images, initial=seen, desc=title, unit="image", leave=False, file=sys.stdout, disable=None)
     with bar, stop_deferred() as asked:
+
+        def wishes():
+            return [sum(asked), time.perf_counter() > next_read]
+
         for inputs, labels in batches:
-            logits = forward(model, inputs, timesteps, args.precision, min(args.batch_size, images))
+            agreed = distributed.begin_maxima(wishes)
+            whole = min(args.batch_size, images - seen)
+            logits = forward(network, inputs, timesteps, args.precision, full.stop - full.start)
             loss = loss_over_time(logits, labels)
-            update(loss)
+            update(distributed.weighted(loss, len(labels), whole))
             progress.losses[progress.step] = loss.detach() * len(labels)
             progress.correct += (logits.detach().mean(0).argmax(-1) == labels).sum()
             progress.step += 1
-            seen += len(labels)
-            bar.update(len(labels))
+            seen += whole
+            bar.update(whole)
             progress.seconds = time.perf_counter() - started
-            if asked:
+            stop, read = agreed()
+            if stop:
+                asked[:] = [int(stop)]
                 break
-            if time.perf_counter() > next_read:
-                _check_finite(progress.losses, title, update.learning_rate)
+            if read:
+                losses, correct = distributed.sums(progress.losses, progress.correct)
+                _check_finite(losses, title, update.learning_rate)
                 left = clock(time_left(progress.seconds * images / seen) - progress.seconds)
-                loss, accuracy = progress.losses.sum().item() / seen, 100 * progress.correct.item() / seen
+                loss, accuracy = losses.sum().item() / seen, 100 * correct.item() / seen
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %, run {left} left")
                 next_read = time.perf_counter() + SECONDS_BETWEEN_READS
-    _check_finite(progress.losses, title, update.learning_rate)
-    if progress.step > began:
-        progress.seconds = time.perf_counter() - started  # the device is done, too
+        progress.losses, progress.correct = distributed.sums(progress.losses, progress.correct)
+        _check_finite(progress.losses, title, update.learning_rate)
+        if progress.step > began:
+            progress.seconds = time.perf_counter() - started  # the device is done, too
+        (progress.seconds,) = distributed.begin_maxima(lambda: [progress.seconds])()
+        _agree_to_stop(asked)
     return progress.losses.sum().item() / images, 100 * progress.correct.item() / images
+
+
+@contextmanager
+def _stopped_together():
+    """On several ranks a signal waits, and all of them stop at the end."""
+    if distributed.ranks() == 1:
+        yield
+        return
+    with stop_deferred() as asked:
+        yield
+        _agree_to_stop(asked)
+
+
+def _agree_to_stop(asked: list[int]) -> None:
+    """If one rank was asked to stop, all were."""
+    (stop,) = distributed.begin_maxima(lambda: [sum(asked)])()
+    asked[:] = [int(stop)] if stop else []
 
 
 def _check_finite(losses: Tensor, title: str, rate: float) -> None:
@@ -228,15 +277,17 @@ _KEPT = "what was saved before stays; try a lower --learning_rate in a run of it
 
 @torch.inference_mode()
 def predict(model: nn.Module, split: Split, timesteps: int, precision: str = "fp32") -> Tensor:
-    """Logits fp32 [T,N,classes] of un-augmented images in eval mode; the model's statistics do not change."""
+    """Logits fp32 [T,N,classes] of un-augmented images in eval mode; the model's statistics do not change. On several
+    ranks each runs some of the batches, and all have all logits."""
     training = model.training
     model.eval()
     logits = []
     batch_size = min(EVALUATION_BATCH[split.images.device.type], len(split))
-    for inputs, _ in split.batches(batch_size):
+    own = distributed.part_of(len(split), batch_size)
+    for inputs, _ in split.part(own).batches(batch_size):
         logits.append(forward(model, inputs, timesteps, precision, batch_size).float())
     model.train(training)
-    return torch.cat(logits, dim=1)
+    return distributed.gather(torch.cat(logits, dim=1), own, len(split))
 
 
 def evaluate(model: nn.Module, split: Split, timesteps: int, precision: str = "fp32") -> float:
