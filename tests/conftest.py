@@ -10,7 +10,7 @@ from PIL import Image
 
 from utils.files import read_tensors
 from utils.flags import METHODS, get_args
-from utils.records import read_args, read_results, read_rows
+from utils.records import identity, read_args, read_results, read_rows
 from utils.tickets import load_ticket
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,8 +92,8 @@ class Finished:
     def __init__(self, folder):
         self.folder = folder
         self.args = read_args(folder / "args.json", "")
-        self.rows = read_rows(folder / "metrics.jsonl", "")
-        self.results = read_results(folder / "results.json", "")
+        self.rows = read_rows(folder / "metrics.jsonl", "", identity(self.args))
+        self.results = read_results(folder / "results.json", "", identity(self.args))
 
     def stage(self, phase, level):
         return [row for row in self.rows if (row["phase"], row["level"]) == (phase, level)]

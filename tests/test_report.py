@@ -14,7 +14,7 @@ from PIL import Image
 
 from report import main
 from utils.files import sealed
-from utils.records import write_rows
+from utils.records import identity, read_args, write_results, write_rows
 from utils.report_figures import (
     accuracy_and_early_time,
     accuracy_by_early_time,
@@ -70,9 +70,9 @@ def write_run(root, name, method, round, results, rows=(), **flags):
     args = FLAGS | {"method": method, "round": round, "exp_name": name, "output_dir": str(root)} | flags
     args["effective_seed"] = hash((name, round)) % 2**32
     (folder / "args.json").write_text(json.dumps(sealed(args)))
-    write_rows(folder / "metrics.jsonl", rows)
+    write_rows(folder / "metrics.jsonl", rows, identity(args))
     if results is not None:
-        (folder / "results.json").write_text(json.dumps([sealed(row) for row in results]))
+        write_results(folder / "results.json", results, identity(args))
     return folder
 
 
@@ -300,20 +300,26 @@ def test_unfinished_runs_are_listed_and_used_as_far_as_they_are(tmp_path):
         ("args.json", json.dumps(sealed(FLAGS | {"method": "earlybird", "round": 1, "rewinding_epoch": "20"}))),
         ("args.json", json.dumps(sealed(FLAGS | {"method": "earlybird", "round": 1}) | {"round": 2})),
         ("args.json", b"\xff\xfe"),
-        ("metrics.jsonl", json.dumps(sealed({"phase": "search"}))),
+        ("metrics.jsonl", [{"phase": "search"}]),
         ("metrics.jsonl", '{"phase": "sea'),
-        ("metrics.jsonl", json.dumps(sealed(epochs("search", 0, 1)[0] | {"divergences": ["x"]}))),
+        ("metrics.jsonl", [epochs("search", 0, 1)[0] | {"divergences": ["x"]}]),
         ("results.json", "[{}]"),
-        ("results.json", json.dumps([sealed(result(8, 90.0)) | {"test_accuracy": 91.0}])),
+        ("results.json", json.dumps([sealed(result(8, 90.0))])),
         ("results.json", '"text"'),
-        ("results.json", json.dumps([sealed(result(8, float("nan")))])),
-        ("results.json", json.dumps([sealed(result(8, 90.0, layers=[1]))])),
+        ("results.json", [result(8, float("nan"))]),
+        ("results.json", [result(8, 90.0, layers=[1])]),
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(tmp_path, name, content):
     write_run(tmp_path / "runs", "good", "earlybird", 1, [result(8, 90.0)], sparsity_round=8)
     folder = write_run(tmp_path / "runs", "bad", "earlybird", 2, [result(8, 10.0)], sparsity_round=8)
-    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if name == "args.json":  # what is sealed with it is not looked at
+        (folder / "results.json").unlink()
+    if isinstance(content, list):  # whole, but wrong
+        write = write_rows if name == "metrics.jsonl" else write_results
+        write(folder / name, content, identity(read_args(folder / "args.json", "")))
+    else:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     found, damaged = read_runs(tmp_path / "runs")
     assert [run.folder for run in found] == ["good/cifar10-vgg16-round1"]
     assert list(damaged) == ["bad/cifar10-vgg16-round2"]

@@ -16,8 +16,9 @@ from conftest import ROOT, TINY, folder_of, make_tree, needs_a_compiler, script
 
 from utils import training
 from utils.data import _synthetic as synthetic
-from utils.files import TEMPORARY, checksum, read_tensors, sealed, unsealed, write_tensors
+from utils.files import TEMPORARY, checksum, read_tensors, unsealed, write_tensors
 from utils.flags import METHODS
+from utils.records import identity, read_args, write_results, write_rows
 from utils.runs import COPY, PREVIOUS
 from utils.signals import stop_deferred, stopping
 from utils.training import MaskedUpdate
@@ -544,25 +545,56 @@ def test_data_that_vanish_or_change_cost_nothing(tmp_path, tiny, monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "rows"),
     [
         ("results.json", [{"level": 2}]),
-        ("results.json", {"level": 2}),
-        ("metrics.jsonl", {"phase": "search", "level": "0", "epoch": 0, "timesteps": 3, "seconds": 1}),
-        ("metrics.jsonl", [1]),
-        ("args.json", []),
+        ("metrics.jsonl", [{"phase": "search", "level": "0", "epoch": 0, "timesteps": 3, "seconds": 1}]),
     ],
 )
-def test_wrong_types_are_damage_whatever_their_checksum(tmp_path, tiny, capsys, name, value):
+def test_wrong_types_are_damage_whatever_their_checksum(tmp_path, tiny, capsys, name, rows):
     main = script("earlybird")
     main(tiny)
     folder = folder_of(tmp_path, "earlybird")
     whole = contents(folder)
-    rows = [sealed(row) if isinstance(row, dict) else row for row in (value if isinstance(value, list) else [value])]
-    (folder / name).write_text(json.dumps(rows if isinstance(value, list) else rows[0]))
+    write = write_rows if name == "metrics.jsonl" else write_results
+    write(folder / name, rows, identity(read_args(folder / "args.json", "")))
     main(tiny)
     assert f"{folder / name} is damaged (" in capsys.readouterr().err
     assert_same(whole, contents(folder))
+
+
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "tickets/level_02.safetensors"])
+def test_files_of_another_run_are_not_taken_for_its_own(tmp_path, tiny, capsys, name):
+    main = script("laterewindlth")
+    main(tiny)
+    main([*tiny, "--seed", "2", "--exp_name", "other"])
+    folder, other = folder_of(tmp_path, "laterewindlth"), tmp_path / "runs" / "other" / "synthetic-vgg16-round1"
+    whole = contents(folder)
+    shutil.copy(other / name, folder / name)
+    capsys.readouterr()
+    if name.startswith("tickets"):
+        with pytest.raises(SystemExit) as stop:
+            main(tiny)
+        assert stop.value.code == 2
+        assert f"{folder / name} is another ticket" in capsys.readouterr().err
+    else:
+        main(tiny)
+        assert f"{folder / name} is damaged (" in capsys.readouterr().err
+        assert_same(whole, contents(folder))
+
+
+def test_checkpoint_of_a_run_with_other_flags_is_refused(tmp_path, tiny, killed, capsys):
+    flags = [*tiny, "--learning_rate", "0.2"]
+    script("laterewindlth")(flags)
+    folder = folder_of(tmp_path, "laterewindlth")
+    (folder / "results.json").unlink()
+    shutil.copy(
+        folder_of(killed[0].parent, "laterewindlth") / "checkpoints/dense_2.safetensors", folder / "checkpoints"
+    )
+    with pytest.raises(SystemExit) as stop:
+        script("laterewindlth")(flags)
+    assert stop.value.code == 2
+    assert "dense.safetensors does not fit this run" in capsys.readouterr().err
 
 
 def test_runs_without_git(tmp_path, tiny, monkeypatch):

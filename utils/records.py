@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from .errors import DamagedError, InputError
-from .files import read_json, sealed, unsealed, write_text
+from .files import read_json, sealed, unsealed, write_json, write_text
 
 EPOCH_FIELDS = {
     "phase": str, "level": int, "epoch": int, "timesteps": int, "seconds": (int, float),
@@ -31,20 +31,26 @@ def read_args(path: Path, remedy: str) -> dict:
     return _checked(path, remedy, [args], {})[0]
 
 
-def read_rows(path: Path, remedy: str) -> list[dict]:
-    """Read ``metrics.jsonl``, no rows if it is not there; errors as in ``read_args``."""
+def identity(args: dict) -> str:
+    """What tells a run from all others: the checksum of what ``args.json`` holds. Its log and results are sealed with
+    it, so that those of another run are not taken for its own."""
+    return sealed(args)["checksum"]
+
+
+def read_rows(path: Path, remedy: str, run: str) -> list[dict]:
+    """Read ``metrics.jsonl`` of the run with an identity, no rows if it is not there; errors as in ``read_args``."""
     if not path.exists():
         return []
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
-    return _checked(path, remedy, rows, EPOCH_FIELDS, chained=True)
+    return _checked(path, remedy, rows, EPOCH_FIELDS, run, chained=True)
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write ``metrics.jsonl``, whole or not at all."""
-    lines, last = [], ""
+def write_rows(path: Path, rows: list[dict], run: str) -> None:
+    """Write ``metrics.jsonl``, whole or not at all; a row's checksum goes on from that of the row before."""
+    lines, last = [], run
     for row in rows:
         row = sealed(row, last)
         last = row["checksum"]
@@ -52,9 +58,14 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     write_text(path, "".join(lines))
 
 
-def read_results(path: Path, remedy: str) -> list[dict]:
-    """Read ``results.json``, no rows if it is not there; errors as in ``read_args``."""
-    return _checked(path, remedy, read_json(path, remedy), RESULT_FIELDS) if path.exists() else []
+def read_results(path: Path, remedy: str, run: str) -> list[dict]:
+    """Read ``results.json`` of the run with an identity, no rows if it is not there; errors as in ``read_args``."""
+    return _checked(path, remedy, read_json(path, remedy), RESULT_FIELDS, run) if path.exists() else []
+
+
+def write_results(path: Path, results: list[dict], run: str) -> None:
+    """Write ``results.json``, whole or not at all."""
+    write_json(path, [sealed(row, run) for row in results])
 
 
 def check_fields(row, fields: dict) -> None:
@@ -70,15 +81,15 @@ def check_fields(row, fields: dict) -> None:
             raise TypeError(f"{name} of a row is {row.get(name, 'missing')!r}")
 
 
-def _checked(path: Path, remedy: str, rows, fields: dict, chained: bool = False) -> list[dict]:
-    checked, last = [], ""
+def _checked(path: Path, remedy: str, rows, fields: dict, first: str = "", chained: bool = False) -> list[dict]:
+    checked, last = [], first
     try:
         if not isinstance(rows, list):
             raise TypeError("no list of rows")
         for row in rows:
             checked.append(unsealed(row, last))
             check_fields(checked[-1], fields)
-            last = row["checksum"] if chained else ""
+            last = row["checksum"] if chained else first
     except (ValueError, TypeError) as error:
         raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
     return checked

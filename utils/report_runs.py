@@ -15,7 +15,7 @@ from statistics import mean, mode, stdev
 
 from .errors import InputError
 from .flags import METHODS, make_parser, reported_levels, uses_early_time, uses_rewinding, without_effect
-from .records import EPOCH_FIELDS, RESULT_FIELDS, check_fields, read_args, read_results, read_rows
+from .records import EPOCH_FIELDS, RESULT_FIELDS, check_fields, identity, read_args, read_results, read_rows
 
 NAMES = {
     "laterewindlth": "IMP", "earlyT_laterewindlth": "IMP + ET", "earlybird": "EB", "earlyT_earlybird": "EB + ET",
@@ -225,7 +225,8 @@ def read_run(path: Path, folder: str) -> Found:
     """
     remedy = "the run is left out"
     args = read_args(path / "args.json", remedy)
-    rows, results = read_rows(path / "metrics.jsonl", remedy), read_results(path / "results.json", remedy)
+    rows = read_rows(path / "metrics.jsonl", remedy, identity(args))
+    results = read_results(path / "results.json", remedy, identity(args))
     name = path / "args.json"
     try:
         check_fields(args, ARGS_FIELDS)

@@ -26,7 +26,7 @@ from .errors import DamagedError, InputError
 from .files import TEMPORARY, checksum, hold, part, read_tensors, sealed, write_json, write_tensors
 from .flags import planned_epochs, reported_levels
 from .masks import Mask, emptied_layers, layer_sparsity, sparsity
-from .records import read_args, read_results, read_rows, write_rows
+from .records import identity, read_args, read_results, read_rows, write_results, write_rows
 from .signals import stop_deferred
 from .tickets import load_ticket
 
@@ -76,10 +76,11 @@ class Run:
             raise InputError(f"{args.ticket} lies in this run's own folder: give the run another --exp_name")
         self.curves = Curves(self._path("tensorboard")) if args.tensorboard and distributed.rank() == 0 else None
         self.rows, self.results = [], []
+        self.identity = ""  # what they are sealed with
         self.damage: list[str] = []  # what is wrong with these files
         self.position = 0  # where in the rows the next epoch belongs
         self.stage: tuple[str, int] | None = None  # phase and level of the newest stage
-        self.start: str | None = None  # checksum of the state that it started from
+        self.start: str | None = None  # checksum of the flags and of the state that it started from
         if not args.restart:
             self._read()
 
@@ -107,6 +108,7 @@ class Run:
         images, now = data.checksum(), _circumstances(self.args, self.seed)
         if before is None:
             before = self._flags() | now | {"data_checksum": images, "format": FORMAT}
+            self.identity = identity(before)
         if before.get("data_checksum") != images:
             raise InputError(f"{self.folder} was begun with other images than there are now: {REMEDY}")
         if first:
@@ -115,7 +117,7 @@ class Run:
                     write_json(path, sealed(before))
             for leftover in self.folder.rglob(f"*{TEMPORARY}"):
                 leftover.unlink()
-        for name in ("versions", "device_name", "threads"):
+        for name in ("versions", "device_name", "threads", "ranks"):
             if before.get(name) != now[name]:
                 print(f"note: {self.folder} was begun with {name} {before.get(name)}, now there are {now[name]}")
 
@@ -145,7 +147,8 @@ class Run:
             InputError: the checkpoint is another one's. A damaged one is put aside with a warning; the one before it
                 takes its place or, where there is none, the start of the stage.
         """
-        self.stage, self.start = (phase, level), checksum(model.state_dict())
+        settings = {name: value for name, value in self._flags().items() if name not in MAY_DIFFER}
+        self.stage, self.start = (phase, level), checksum(model.state_dict(), json.dumps(settings, sort_keys=True))
         first = epochs.start
         with distributed.in_turn():  # a damaged one is put aside
             metadata = self._load_newest(checkpoint, model, optimizer, recent)
@@ -341,11 +344,8 @@ class Run:
             if checksum(on_disk[0]) != checksum(mask) or checksum(on_disk[1]) != checksum(weights):
                 raise InputError(f"{path} is not the ticket that this run found: remove it to have it written again")
             return
-        names = ("method", "dataset", "arch", "neuron", "width", "seed", "round", "end_iter")
-        origin = {name: getattr(self.args, name) for name in names}
-        origin |= {
+        origin = self._origin(level) | {
             "format": FORMAT,
-            "level": level,
             "epoch": epoch,
             "rewind": self.args.rewind,
             "sparsity": 100 * sparsity(mask),
@@ -356,6 +356,11 @@ class Run:
             origin["source"] = source
         tensors = {f"mask.{name}": m for name, m in mask.items()}
         write_tensors(path, tensors | {f"weights.{name}": w for name, w in weights.items()}, origin)
+
+    def _origin(self, level: int) -> dict:
+        """What tells a ticket of this run from those of others."""
+        names = ("method", "dataset", "arch", "neuron", "width", "seed", "round", "end_iter")
+        return {name: getattr(self.args, name) for name in names} | {"level": level}
 
     def ticket_path(self, level: int) -> Path:
         return self.folder / "tickets" / f"level_{level:02d}.safetensors"
@@ -401,7 +406,7 @@ class Run:
             others = [row for row in self.results if row["level"] != level]
             self.results = sorted([*others, result], key=lambda row: row["level"])
             if distributed.rank() == 0:
-                write_json(self._path("results.json"), [sealed(row) for row in self.results])
+                write_results(self._path("results.json"), self.results, self.identity)
             distributed.barrier()
 
     @property
@@ -435,7 +440,9 @@ class Run:
     def report_finished(self) -> None:
         """Say that nothing is left to do, check the tickets, draw the curves and print the table again."""
         for level in reported_levels(self.args):
-            load_ticket(self.ticket_path(level))
+            _, _, origin = load_ticket(self.ticket_path(level))
+            if not self._origin(level).items() <= origin.items():
+                raise InputError(f"{self.ticket_path(level)} is another ticket: remove it to have it written again")
         if self.curves is not None:
             for phase, level in dict.fromkeys((row["phase"], row["level"]) for row in self.rows):
                 self.curves.start_over(phase, level, self.rows)
@@ -481,8 +488,9 @@ class Run:
         if differ:
             changes = ", ".join(f"--{name} was {before.get(name, 'not there')}, now {now[name]}" for name in differ)
             raise InputError(f"{self.folder} holds a run with other flags ({changes}): {REMEDY}")
-        self.rows = self._or_none(read_rows, "metrics.jsonl", RESTORED) or []
-        self.results = self._or_none(read_results, "results.json", "it is written again") or []
+        self.identity = identity(before)
+        self.rows = self._or_none(read_rows, "metrics.jsonl", RESTORED, self.identity) or []
+        self.results = self._or_none(read_results, "results.json", "it is written again", self.identity) or []
         return before
 
     def _read_flags(self) -> dict | None:
@@ -493,16 +501,16 @@ class Run:
         before = self._or_none(read_args, "args.json", f"{copy} takes its place") if path.exists() else None
         return before or read_args(copy, REMEDY)
 
-    def _or_none(self, read, name: str, remedy: str):
+    def _or_none(self, read, name: str, *more: str):
         try:
-            return read(self._path(name), remedy)
+            return read(self._path(name), *more)
         except DamagedError as error:
             self.damage.append(str(error))
             return None
 
     def _write_rows(self) -> None:
         if distributed.rank() == 0:
-            write_rows(self._path("metrics.jsonl"), self.rows)
+            write_rows(self._path("metrics.jsonl"), self.rows, self.identity)
 
 
 def results_table(results: list[dict]) -> str:
@@ -604,7 +612,7 @@ def _load_checkpoint(
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}, this program reads {FORMAT}")
         if wanted is not None and (metadata["stage"], metadata["start"]) != wanted:
-            raise ValueError(f"it is of stage {metadata['stage']}, or started from other weights or another mask")
+            raise ValueError(f"it is of stage {metadata['stage']}, or began with other flags, weights or another mask")
         _load_state(tensors, model, optimizer)
         if recent is not None:
             device = next(model.parameters()).device
