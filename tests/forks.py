@@ -41,7 +41,9 @@ class Ended(NamedTuple):
 def workers():
     """A pool of processes, one a core, that have imported the scripts; what they call is ``run_script`` alone."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_torture", "torch._dynamo", *(f"train_snn_{method}" for method in SCRIPTS)])
+    context.set_forkserver_preload(
+        ["test_torture", "torch._dynamo", "torchvision.datasets", *(f"train_snn_{method}" for method in SCRIPTS)]
+    )
     inherited = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     before = {name: os.environ.get(name) for name in inherited}
     os.environ.update(inherited)

@@ -12,11 +12,16 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from functools import partial
+from itertools import groupby
 
+import numpy as np
 import pytest
-from conftest import TINY, folder_of
+from conftest import ROOT, TINY, Finished, folder_of
 from forks import TRACEBACK, UNPICKLED, run_script, workers
+from PIL import Image
 from test_resume import assert_same, contents
 
 from utils.errors import InputError
@@ -39,10 +44,7 @@ def flags_of(folder, *more):
 def undisturbed(pool, folder, method, *more):
     """A run that nothing happens to: how it ended, and what it wrote."""
     folder.mkdir()
-    # twice: the first of a process is slower
-    for _ in range(2):
-        shutil.rmtree(folder / "runs", ignore_errors=True)
-        ended = pool.submit(run_script, method, flags_of(folder, *more), folder / "log").result()
+    ended = pool.submit(run_script, method, flags_of(folder, *more), folder / "log").result()
     assert ended.code == 0, ended.errors
     return ended, contents(folder_of(folder, method))
 
@@ -245,16 +247,19 @@ def damage(path, draw, others):
 
 
 def snapshot(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*") if path.name != "lock"}
+    return {
+        path: path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if not path.name.startswith("lock")
+    }
 
 
 def detectable(path):
     """Whether whoever reads a checkpoint or ticket that has been left as it was is told that it is damaged."""
     try:
-        read_tensors(path, "")
+        return read_tensors(path, "")[1].get("stage", path.stem) != path.stem
     except (InputError, OSError):
         return True
-    return False
 
 
 def judge(ended, named, before, folder, damaged, expected):
@@ -274,9 +279,10 @@ def judge(ended, named, before, folder, damaged, expected):
     if ended.code != 0:
         return f"exit code {ended.code}: {ended.errors[-200:]!r}"
     wanted = dict(expected)
+    untouched = before is not None and snapshot(folder).get(damaged) == before.get(damaged)
     if damaged.is_dir():
         damaged.rmdir()
-    elif damaged.suffix == ".safetensors" and damaged.exists() and detectable(damaged):
+    elif damaged.suffix == ".safetensors" and damaged.exists() and untouched and detectable(damaged):
         damaged.unlink()
     if not damaged.exists():  # nobody had to read it, and who does is told
         wanted.pop(str(damaged.relative_to(folder)), None)
@@ -322,29 +328,34 @@ def all_of(trials, title):
     assert not wrong, "\n".join(["", *wrong])
 
 
+VICTIMS = {  # what a run was killed or stopped after, None for a finished one
+    "earlyT_laterewindlth": [None, ("train_02.safetensors", 1)],
+    "earlybird": [None, ("search.safetensors", 2), ("train.safetensors", 2), ("step", 10)],
+}
+
+
 @pytest.fixture(scope="module")
 def victims(pool, tmp_path_factory):
-    """Runs that were killed, stopped or finished: method, folder, a folder of other runs, what they must end as."""
-    root = tmp_path_factory.mktemp("victims")
+    """Runs that are to be damaged: method, folder, the folder of another run, and what the run is to end as."""
+    root, runs = tmp_path_factory.mktemp("victims"), {}
+
+    def begin(method, name, *more, **how):
+        folder = root / f"{method}-{name}"
+        folder.mkdir()
+        runs[folder] = pool.submit(run_script, method, flags_of(folder, *more), folder / "log", **how)
+        return folder
+
     found = []
-    events = {
-        "earlyT_laterewindlth": [("train_02.safetensors", 1)],
-        "earlybird": [("search.safetensors", 2), ("train.safetensors", 2), ("step", 10)],
-    }
-    for method, stops in events.items():
-        _, expected = undisturbed(pool, root / f"{method}-finished", method)
-        undisturbed(pool, root / f"{method}-other", method, "--seed", "2")
-        found.append((method, root / f"{method}-finished", root / f"{method}-other", expected))
-        for name, count in stops:
-            folder = root / f"{method}-{name.split('.')[0]}"
-            folder.mkdir()
-            sent = signal.SIGTERM if name == "step" else signal.SIGKILL
-            ended = pool.submit(
-                run_script, method, flags_of(folder), folder / "log", event=(name, count), sent=sent
-            ).result()
-            assert ended.code in (-sent, 128 + sent), ended
-            found.append((method, folder, root / f"{method}-other", expected))
-    return found
+    for method, events in VICTIMS.items():
+        other = begin(method, "other", "--seed", "2")
+        for event in events:
+            sent = signal.SIGTERM if event and event[0] == "step" else signal.SIGKILL
+            found.append((method, begin(method, event[0] if event else "finished", event=event, sent=sent), other))
+    codes = {folder.name: run.result().code for folder, run in runs.items()}
+    for name, code in codes.items():
+        assert code == (0 if name.endswith(("other", "finished")) else 143 if name.endswith("step") else -9), codes
+    wholes = {method: contents(folder_of(folder, method)) for method, folder, _ in found if "finished" in folder.name}
+    return [(method, folder, other, wholes[method]) for method, folder, other in found]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -385,3 +396,121 @@ def test_damaged_ticket_is_refused_or_makes_no_difference(tmp_path, pool, tortur
         for n in range(200 if torture else 6)
     ]
     all_of(trials, "--ticket")
+
+
+# --- damaged images --------------------------------------------------------------------------------------------------
+
+FORMATS = ("png", "jpg", "bmp", "ppm", "tif", "webp")
+
+
+@pytest.fixture(scope="module")
+def tree_run(pool, tmp_path_factory):
+    """A run on a tree of images, killed after an epoch, with the caches of the decoded images; and its undisturbed
+    end."""
+    root = tmp_path_factory.mktemp("tree")
+    draw = np.random.default_rng(SEED)
+    for number, suffix in enumerate(FORMATS):
+        for folder in ("train/a", "train/b", "test/a", "test/b"):
+            path = root / "killed" / "data" / "cifar10" / folder / f"{number}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
+    shutil.copytree(root / "killed", root / "whole")
+    event = ("train.safetensors", 1)
+    killed = run_on_tree(pool, root / "killed", event=event)
+    assert killed.result().code == -signal.SIGKILL
+    whole = run_on_tree(pool, root / "whole").result()
+    assert whole.code == 0, whole.errors
+    return root / "killed", contents(run_of_tree(root / "whole"))
+
+
+def flags_of_tree(folder):
+    more = f"--dataset cifar10 --data_dir {folder / 'data'} --train_samples 8 --test_samples 8 --end_iter 2"
+    return flags_of(folder, *more.split())
+
+
+def run_on_tree(pool, folder, **how):
+    return pool.submit(run_script, "oneshot", flags_of_tree(folder), folder / "log", **how)
+
+
+def run_of_tree(folder):
+    return folder / "runs" / "oneshot-random" / "cifar10-vgg16-round1"
+
+
+def gone_on_with_damaged_images(source, expected, pattern, seed, folder):
+    """One trial: the run goes on with a damaged image, or a damaged cache of the decoded images."""
+    draw = random.Random(seed)
+    shutil.copytree(source, folder)
+    files = sorted(file for file in (folder / "data").rglob("*") if file.is_file())
+    path = draw.choice([file for file in files if file.match(pattern)])
+    done = damage(path, draw, files)
+    run_folder = run_of_tree(folder)
+    before = snapshot(run_folder)
+    ended = run_script("oneshot", flags_of_tree(folder), folder / "log")
+    # an image that can be decoded is another image, which a run that was begun without it does not take
+    other_images = f"{run_folder} was begun with other images"
+    verdict = judge(ended, [path, other_images], before, run_folder, path, expected)
+    if verdict is None and ended.code == 0 and path.suffix == ".safetensors":
+        assert_same(contents(folder / "data"), contents(source / "data"))
+    shutil.rmtree(folder)
+    return f"{path.relative_to(folder)}, {done} ({seed})", verdict, ended.code
+
+
+@pytest.mark.parametrize("pattern", ["*.cache.safetensors", "*/[ab]/*.*"], ids=["cache", "image"])
+def test_damaged_image_is_refused_and_a_damaged_cache_decoded_again(tmp_path, pool, torture, tree_run, pattern):
+    trials = [
+        pool.submit(
+            gone_on_with_damaged_images, *tree_run, pattern, f"{SEED} {pattern} {number}", tmp_path / str(number)
+        )
+        for number in range(200 if torture else 6)
+    ]
+    all_of(trials, pattern)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import json, os, sys
+import train_snn_earlyT_laterewindlth as script
+from utils.runs import Run
+
+report, resident = Run.report_epoch, []
+
+def measured(run, *args, **options):
+    report(run, *args, **options)
+    with open("/proc/self/statm") as statm:
+        resident.append(int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+
+Run.report_epoch = measured
+script.main(sys.argv[2:])
+with open(sys.argv[1], "w") as file:
+    json.dump(resident, file)
+"""
+WARM_UP = 20  # epochs
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc")
+def test_memory_is_flat_over_epochs_and_timesteps(tmp_path, torture):
+    rewinding, end = (20, 80) if torture else (10, 20)
+    flags = (
+        "--dataset synthetic --train_samples 32 --test_samples 20 --width 0.0625 --batch_size 32 --timestep 6 "
+        f"--rewinding_epoch {rewinding} --end_iter {end} --prune_iterations 3 --valid_freq 1 --learning_rate 0.1 "
+        f"--device cpu --early_time_epoch 2 --early_time_threshold 1.5 --early_time_samples 20 --output_dir {tmp_path}"
+    ).split()
+    # glibc keeps what is freed or gives it back as it likes; with these it gives all but crumbs back at once
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | allocator
+    command = [sys.executable, "-c", MEASURED, tmp_path / "resident.json", *flags]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    resident = json.loads((tmp_path / "resident.json").read_text())
+    run = Finished(tmp_path / "earlyT_laterewindlth" / "synthetic-vgg16-round1")
+    assert [timesteps for timesteps, _ in groupby(row["timesteps"] for row in run.rows)] == [6, 2, 6]
+    assert len(resident) == len(run.rows) == (200 if torture else 40)
+    start, later = resident[WARM_UP - 1], resident[WARM_UP:]
+    weights = sum(tensor.nbytes for tensor in run.network("train_02").values()) / 2**20
+    print(
+        f"\nresident memory over {len(resident)} epochs: {start:.1f} MiB after epoch {WARM_UP}, then "
+        f"{min(later):.1f} to {max(later):.1f}, at the end {later[-1]:.1f} MiB ({later[-1] - start:+.1f} MiB, "
+        f"{100 * (later[-1] / start - 1):+.2f} %; a copy of the weights is {weights:.2f} MiB)"
+    )
+    assert max(later) <= 1.02 * start
+    assert min(later) >= 0.98 * start
