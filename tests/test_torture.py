@@ -280,13 +280,9 @@ def judge(ended, named, before, folder, damaged, expected):
         return None
     if ended.code != 0:
         return f"exit code {ended.code}: {ended.errors[-200:]!r}"
-    wanted = dict(expected)
-    untouched = snapshot(folder).get(damaged) == before.get(damaged)
-    if damaged.is_dir():
-        damaged.rmdir()
-    elif damaged.suffix == ".safetensors" and damaged.exists() and untouched and detectable(damaged):
-        damaged.unlink()
-    if not damaged.exists():  # nobody had to read it, and who does is told
+    wanted, untouched = dict(expected), damaged in before and snapshot(folder).get(damaged, b"") == before[damaged]
+    if untouched and damaged.suffix == ".safetensors" and detectable(damaged):  # nobody had to read it
+        damaged.rmdir() if damaged.is_dir() else damaged.unlink()
         wanted.pop(str(damaged.relative_to(folder)), None)
     try:
         assert_same(wanted, contents(folder))
