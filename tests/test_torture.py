@@ -280,7 +280,7 @@ def judge(ended, named, before, folder, damaged, expected):
         return None
     if ended.code != 0:
         return f"exit code {ended.code}: {ended.errors[-200:]!r}"
-    wanted, untouched = dict(expected), damaged in before and snapshot(folder).get(damaged, b"") == before[damaged]
+    wanted, untouched = dict(expected), damaged in before and snapshot(folder).get(damaged, "gone") == before[damaged]
     if untouched and damaged.suffix == ".safetensors" and detectable(damaged):  # nobody had to read it
         damaged.rmdir() if damaged.is_dir() else damaged.unlink()
         wanted.pop(str(damaged.relative_to(folder)), None)
