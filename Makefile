@@ -1,9 +1,9 @@
-# Each target sets up .venv by itself: make demo | make report | make test | make bench | make lint
+# Each target sets up .venv by itself: make demo | make report | make test | make torture | make bench | make lint
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo report test bench lint clean
+.PHONY: demo report test torture bench lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python train_snn_earlyT_earlybird.py --dataset digits --arch vgg16 --width 0.25 --batch_size 16 \
@@ -16,6 +16,9 @@ report: $(VENV)/ready
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/ready-dev
+	$(BIN)/python -m pytest tests/test_torture.py --torture -s
 
 # make bench ARGS=--quick
 bench: $(VENV)/ready

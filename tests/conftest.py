@@ -26,6 +26,16 @@ TINY = (
 ).split()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--torture", action="store_true", help="the long form of tests/test_torture.py, a few minutes")
+
+
+@pytest.fixture(scope="session")
+def torture(pytestconfig):
+    """Whether the long form was asked for."""
+    return pytestconfig.getoption("--torture")
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """Flags of a tiny run that writes below the test's folder."""
