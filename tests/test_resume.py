@@ -589,7 +589,7 @@ def test_checkpoint_of_a_run_with_other_flags_is_refused(tmp_path, tiny, killed,
     folder = folder_of(tmp_path, "laterewindlth")
     (folder / "results.json").unlink()
     shutil.copy(
-        folder_of(killed[0].parent, "laterewindlth") / "checkpoints/dense_2.safetensors", folder / "checkpoints"
+        folder_of(killed[0].parent, "laterewindlth") / "checkpoints/dense.safetensors", folder / "checkpoints"
     )
     with pytest.raises(SystemExit) as stop:
         script("laterewindlth")(flags)
