@@ -1,5 +1,6 @@
 import importlib
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from utils.tickets import load_ticket
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 needs_a_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the CPU")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # small tensors; CI has two cores and subprocesses to run
 
 # the smallest runs that go through everything: a few seconds for the longest script

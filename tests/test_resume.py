@@ -588,9 +588,7 @@ def test_checkpoint_of_a_run_with_other_flags_is_refused(tmp_path, tiny, killed,
     script("laterewindlth")(flags)
     folder = folder_of(tmp_path, "laterewindlth")
     (folder / "results.json").unlink()
-    shutil.copy(
-        folder_of(killed[0].parent, "laterewindlth") / "checkpoints/dense.safetensors", folder / "checkpoints"
-    )
+    shutil.copy(folder_of(killed[0].parent, "laterewindlth") / "checkpoints/dense.safetensors", folder / "checkpoints")
     with pytest.raises(SystemExit) as stop:
         script("laterewindlth")(flags)
     assert stop.value.code == 2
