@@ -48,9 +48,11 @@ class BatchNorm(nn.BatchNorm2d):
         y, means, variances = _NormAcrossRanks.apply(groups, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.num_batches_tracked += len(groups)
-            for mean, variance in zip(means, variances, strict=True):
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance, self.momentum)
+            # what a step of momentum per group comes to
+            left = (1 - self.momentum) ** torch.arange(len(groups), -1, -1, dtype=torch.float64, device=x.device)
+            shares = self.momentum * left[1:]  # [G]
+            for running, new in ((self.running_mean, means), (self.running_var, variances)):
+                running.mul_(left[0]).add_((shares @ new.double()).to(running.dtype))
         return y.view_as(x)
 
 
@@ -64,9 +66,10 @@ class _NormAcrossRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
-        exact, channels = x.double(), x.shape[2]
-        own = exact.new_full((len(x), 1), x[0, :, 0].numel())  # values of a group and channel
-        sums = torch.cat([_over_images(exact), _over_images(exact.square()), own], dim=1)  # [G,2C+1]
+        wide, channels = x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[2]
+        total = _over_images(wide)
+        own = total.new_full((len(x), 1), x[0, :, 0].numel())  # values of a group and channel
+        sums = torch.cat([total, _over_images(wide.square()), own], dim=1)  # [G,2C+1]
         dist.all_reduce(sums)
         total, squares, count = sums.split([channels, channels, 1], dim=1)
         mean = total / count
@@ -83,9 +86,9 @@ class _NormAcrossRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, *_):
         x, weight, mean, scale, count = ctx.saved_tensors
-        exact = dy.double()
-        d_bias = _over_images(exact)  # [G,C]
-        d_weight = scale * (_over_images(exact * x) - mean * d_bias)
+        wide = dy.to(torch.promote_types(dy.dtype, torch.float32))
+        d_bias = _over_images(wide)  # [G,C]
+        d_weight = scale * (_over_images(wide * x) - mean * d_bias)
         own = d_weight.sum(0).to(weight.dtype), d_bias.sum(0).to(weight.dtype)  # DDP adds the others'
         sums = torch.cat([d_weight, d_bias], dim=1)
         dist.all_reduce(sums)
@@ -97,8 +100,8 @@ class _NormAcrossRanks(torch.autograd.Function):
 
 
 def _over_images(x: Tensor) -> Tensor:
-    """Sum of [G, N, C, H, W] to [G, C]."""
-    return x.sum((1, 3, 4))
+    """Sum of [G, N, C, H, W] to [G, C], in fp64."""
+    return x.sum((1, 3, 4), dtype=torch.float64)
 
 
 def _per_channel(terms: Tensor) -> Tensor:

@@ -46,10 +46,16 @@ def ranks_here() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if ranks() > 1 else 1
 
 
+def take_card() -> None:
+    """Let ``cuda`` mean the card of this rank's number on its machine."""
+    if ranks() > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
 @contextmanager
 def group() -> Iterator[Callable[[str], None]]:
-    """Join the ranks that torchrun has started. Gloo carries tensors on the CPU and NCCL those on CUDA, where each rank
-    takes the card of its local number. Ranks but the first print nothing.
+    """Join the ranks that torchrun has started. Gloo carries tensors on the CPU and NCCL those on CUDA. Ranks but the
+    first print nothing.
 
     A rank that fails leaves at once, which ends the others: the interpreter's own way out would wait for them.
 
@@ -59,15 +65,19 @@ def group() -> Iterator[Callable[[str], None]]:
     if not (dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1):
         yield lambda line: print(line, file=sys.stderr)
         return
-    cards = torch.cuda.device_count()
-    if cards:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % cards)  # --device refuses more ranks than cards
-    store, number, size = next(dist.rendezvous("env://"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", store=store, rank=number, world_size=size)
+    try:
+        store, number, size = next(dist.rendezvous("env://"))
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, store=store, rank=number, world_size=size)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        print(f"rank {os.environ['RANK']}: error: the ranks do not find each other ({reason})", file=sys.stderr)
+        raise SystemExit(1) from error
     errors = sys.stderr
 
     def complain(line: str) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all ranks as soon as one has ended
+        for stop in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(stop, signal.SIG_IGN)  # torchrun ends all ranks as soon as one has ended
         if number == 0:
             print(line, file=errors, flush=True)
             store.set("error", line)
@@ -111,7 +121,8 @@ def _of_rank_0(store: dist.Store, key: str) -> str | None:
 
 def lost_contact(error: RuntimeError) -> bool:
     """Whether this is how torch.distributed says that another rank is gone."""
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in ("gloo", "NCCL", "closed by peer"))
+    gone = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "remote process exited")
+    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(text in str(error) for text in gone)
 
 
 # --- what is divided, and put together again -------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import uuid
 import zlib
 from pathlib import Path
 
@@ -19,8 +20,8 @@ TEMPORARY = ".tmp"  # ending of a file that is being written; one left behind by
 
 def _replace(path: Path, write, before: Path | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # two processes may write one file, the cache of a data set
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    # two processes, on two machines perhaps, may write one file: the cache of a data set
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         write(temporary)
         with temporary.open("rb") as file:

@@ -507,6 +507,7 @@ def _device(parser, name: str) -> str:
                 f"argument --device: {distributed.ranks_here()} ranks were started on a machine with "
                 f"{torch.cuda.device_count()} GPU: start fewer, or use cpu"
             )
+        distributed.take_card()
     return str(device) if device.type == "cuda" else "cpu"
 
 

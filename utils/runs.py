@@ -167,7 +167,8 @@ class Run:
             try:
                 tensors, metadata = read_tensors(path, f"put aside as {aside.name}, going on without it")
             except DamagedError as error:
-                os.replace(path, aside)
+                if distributed.rank() == 0:
+                    os.replace(path, aside)
                 print(f"warning: {error}", file=sys.stderr)
             else:
                 if path == checkpoint or metadata.get("stage") == checkpoint.stem:
@@ -227,6 +228,7 @@ class Run:
         tensors = _state(model, optimizer) | {"losses": progress.losses, "correct": progress.correct}
         metadata = {"format": FORMAT, "phase": phase, "level": level, "epoch": epoch, "start": self.start}
         metadata |= {"step": progress.step, "seconds": progress.seconds}
+        distributed.check_same("an epoch that is stopped", lambda: metadata | {"tensors": checksum(tensors)})
         if distributed.rank() == 0:
             write_tensors(self.checkpoint(INTERRUPTED), tensors, metadata)
         distributed.barrier()
@@ -236,6 +238,12 @@ class Run:
     ) -> Progress:
         """Begin an epoch of ``steps`` steps, or go on with the one that was stopped, if it was this: its state is read
         into model and optimizer."""
+        progress = self._resume_epoch(phase, level, epoch, model, optimizer, steps)
+        here = {"phase": phase, "level": level, "epoch": epoch, "step": progress.step}
+        distributed.check_same("the start of an epoch", lambda: here)
+        return progress
+
+    def _resume_epoch(self, phase, level, epoch, model, optimizer, steps) -> Progress:
         device = next(model.parameters()).device
         begun = Progress(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.long, device=device))
         path = self.checkpoint(INTERRUPTED)
@@ -355,7 +363,8 @@ class Run:
         if source is not None:
             origin["source"] = source
         tensors = {f"mask.{name}": m for name, m in mask.items()}
-        write_tensors(path, tensors | {f"weights.{name}": w for name, w in weights.items()}, origin)
+        if distributed.rank() == 0:
+            write_tensors(path, tensors | {f"weights.{name}": w for name, w in weights.items()}, origin)
 
     def _origin(self, level: int) -> dict:
         """What tells a ticket of this run from those of others."""
@@ -394,7 +403,9 @@ class Run:
             "ticket_bytes": self.ticket_path(level).stat().st_size,
             **more,
         }
-        if not any(result.items() <= row.items() for row in self.results):
+        known = any(result.items() <= row.items() for row in self.results)
+        distributed.check_same("a result", lambda: {"level": level, "known": known})
+        if not known:
             result |= measure(model, mask, test, self.args.timestep, self.args.precision)
             silent = [name for name, rate in (result["firing_rates"] or {}).items() if rate == 0]
             if silent:

@@ -21,28 +21,41 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+class _Noted(list):
+    """A handler that writes down what signals came."""
+
+    def __call__(self, number, frame):
+        self.append(number)
+
+
 @contextmanager
 def stopping():
-    """Within, each of the signals raises ``Stopped``, wherever the program is."""
+    """Within, each of the signals raises ``Stopped``, wherever the program is. On several ranks it is only noted: they
+    stop together, where they agree to."""
 
     def stop(number, frame):
         raise Stopped(number)
 
-    with _handled_by(stop):
+    with _handled_by(stop if distributed.ranks() == 1 else _Noted()):
         yield
 
 
 @contextmanager
 def stop_deferred():
     """Within, a signal waits: it is put into the list that is yielded, for the program to look at, and ``Stopped`` is
-    raised at the end. A second Ctrl-C interrupts at once, wherever the program is, but not on several ranks; a second
-    SIGTERM does not, a scheduler may send it to the launcher and to the run."""
+    raised at the end. A second Ctrl-C interrupts at once, wherever the program is; a second SIGTERM does not, a
+    scheduler may send it to the launcher and to the run. On several ranks the list is that of all signals so far, and
+    nothing is raised."""
+    noted = signal.getsignal(signal.SIGTERM)
+    if isinstance(noted, _Noted):
+        yield noted
+        return
     asked = []
 
     def note(number, frame):
-        if number == signal.SIGINT and number in asked and distributed.ranks() == 1:
+        if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
-        asked[:] = [number]
+        asked.append(number)
 
     with _handled_by(note):
         yield asked

@@ -4,7 +4,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -118,10 +117,10 @@ def fit(
     first = epochs.start
     if checkpoint is not None:
         first = run.resume(checkpoint, phase, level, epochs, model, optimizer)
-    here = {"phase": phase, "level": level, "epoch": first, "timesteps": timesteps}
-    distributed.check_same(
-        "the start of training", lambda: here | {"weights": checksum(model.state_dict()), "mask": checksum(mask)}
-    )
+        here = {"phase": phase, "level": level, "epoch": first, "timesteps": timesteps}
+        distributed.check_same(
+            "the start of training", lambda: here | {"weights": checksum(model.state_dict()), "mask": checksum(mask)}
+        )
     if distributed.ranks() > 1 and args.sync_batch_norm:
         synchronise_batch_norms(model)
     network = distributed.parallel(model)
@@ -135,27 +134,28 @@ def fit(
         last = epoch + 1 == args.end_iter
         tested = last or (epoch + 1) % args.valid_freq == 0
         try:
-            with _stopped_together():
-                loss, accuracy = _train_epoch(network, images, batches, progress, update, timesteps, args, title, left)
-                distributed.from_rank_0(model.buffers())  # statistics that are not synchronised
-                _check_weights(model, title, update.learning_rate)
-                run.log_epoch(
-                    phase=phase,
-                    level=level,
-                    epoch=epoch,
-                    timesteps=timesteps,
-                    lr=update.learning_rate,
-                    loss=loss,
-                    train_accuracy=accuracy,
-                    test_accuracy=evaluate(model, data.test, timesteps, args.precision) if tested else None,
-                    seconds=progress.seconds,
-                    **(observe() if observe is not None else {}),
-                )
-                run.report_epoch(title, images_per_second=images / progress.seconds)
-        except Stopped:
+            loss, accuracy = _train_epoch(network, images, batches, progress, update, timesteps, args, title, left)
+            if not args.sync_batch_norm:
+                distributed.from_rank_0(model.buffers())
             _check_weights(model, title, update.learning_rate)
-            with _stopped_together():
-                run.save_epoch(phase, level, epoch, model, optimizer, progress)
+            run.log_epoch(
+                phase=phase,
+                level=level,
+                epoch=epoch,
+                timesteps=timesteps,
+                lr=update.learning_rate,
+                loss=loss,
+                train_accuracy=accuracy,
+                test_accuracy=evaluate(model, data.test, timesteps, args.precision) if tested else None,
+                seconds=progress.seconds,
+                **(observe() if observe is not None else {}),
+            )
+            run.report_epoch(title, images_per_second=images / progress.seconds)
+        except Stopped:
+            if not args.sync_batch_norm:
+                distributed.from_rank_0(model.buffers())
+            _check_weights(model, title, update.learning_rate)
+            run.save_epoch(phase, level, epoch, model, optimizer, progress)
             print(f"{title}: stopped and saved after step {progress.step} of {len(progress.losses)}", flush=True)
             raise
         if checkpoint is not None:
@@ -208,7 +208,7 @@ def _train_epoch(network, images, batches, progress, update, timesteps, args, ti
     with bar, stop_deferred() as asked:
 
         def wishes():
-            return [sum(asked), time.perf_counter() > next_read]
+            return [max(asked, default=0), time.perf_counter() > next_read]
 
         for inputs, labels in batches:
             agreed = distributed.begin_maxima(wishes)
@@ -224,7 +224,6 @@ def _train_epoch(network, images, batches, progress, update, timesteps, args, ti
             progress.seconds = time.perf_counter() - started
             stop, read = agreed()
             if stop:
-                asked[:] = [int(stop)]
                 break
             if read:
                 losses, correct = distributed.sums(progress.losses, progress.correct)
@@ -237,26 +236,10 @@ def _train_epoch(network, images, batches, progress, update, timesteps, args, ti
         _check_finite(progress.losses, title, update.learning_rate)
         if progress.step > began:
             progress.seconds = time.perf_counter() - started  # the device is done, too
-        (progress.seconds,) = distributed.begin_maxima(lambda: [progress.seconds])()
-        _agree_to_stop(asked)
+        stop, progress.seconds = distributed.begin_maxima(lambda: [max(asked, default=0), progress.seconds])()
+        if stop:
+            raise Stopped(int(stop))
     return progress.losses.sum().item() / images, 100 * progress.correct.item() / images
-
-
-@contextmanager
-def _stopped_together():
-    """On several ranks a signal waits, and all of them stop at the end."""
-    if distributed.ranks() == 1:
-        yield
-        return
-    with stop_deferred() as asked:
-        yield
-        _agree_to_stop(asked)
-
-
-def _agree_to_stop(asked: list[int]) -> None:
-    """If one rank was asked to stop, all were."""
-    (stop,) = distributed.begin_maxima(lambda: [sum(asked)])()
-    asked[:] = [int(stop)] if stop else []
 
 
 def _check_finite(losses: Tensor, title: str, rate: float) -> None:
