@@ -49,6 +49,7 @@ def main(argv=None):
         text += f"## {section.title}\n\n{notes}\n" + "".join(markdown(table) for table in tables[section.slug])
     if damaged:
         text += "## Left out\n\n" + "".join(f"- {line}\n" for line in damaged.values())
+    (args.out / "figures").mkdir(parents=True, exist_ok=True)
     write_text(args.out / "tables.md", text)
     write_text(args.out / "tables.csv", tables_csv(sections, paper))
     for plot in (plot for of_section in plots.values() for plot in of_section):

@@ -115,8 +115,13 @@ class Work:
             self._forget(command)
             log = self._log(command)
             self.log_starts[command] = log.stat().st_size if log.exists() else 0
-            self.executor.start(command, log)
-            self.running[command] = time.monotonic()
+            try:
+                self.executor.start(command, log)
+            except OSError as error:  # a full disk
+                self.failed[command] = str(error)
+                self._say(f"failed: {command}")
+            else:
+                self.running[command] = time.monotonic()
 
     def _forget(self, command) -> None:
         """Neither waiting nor put aside any more."""
@@ -265,7 +270,7 @@ class OnRay:
             _look_for_ray(address)
             ray.init(address, **quiet)
         self.gpus = gpus if gpus is not None else int(ray.cluster_resources().get("GPU", 0) > 0)
-        if not self.slots:
+        if not self._room():
             self.close()
             raise InputError(f"no machine of the cluster has room for a run of {cpus} CPUs and {self.gpus:g} GPUs")
         # workers need not find this file; the scripts they do, at the same path as here
@@ -274,8 +279,9 @@ class OnRay:
 
     @property
     def slots(self) -> int:
-        if self.fixed_slots is not None:
-            return self.fixed_slots
+        return self._room() if self.fixed_slots is None else min(self.fixed_slots, self._room())
+
+    def _room(self) -> int:
         return sum(_room(node["Resources"], self.cpus, self.gpus) for node in self.ray.nodes() if node["Alive"])
 
     def start(self, command, log: Path) -> None:

@@ -229,7 +229,11 @@ def main(argv=None):
             parser.error(f"argument --{name}: only with --launcher ray")
     output_dir = args.output_dir or f"runs/{args.scale}"
     everything = list(commands(SCALES[args.scale], output_dir, args.data_dir))
-    wanted = [command for command in everything if args.only in command.shows or args.only in str(command)]
+    wanted = [
+        command
+        for command in everything
+        if args.only in command.shows or args.only in str(command).split(" --output_dir ")[0]
+    ]
     if not wanted:
         shown = dict.fromkeys(name for command in everything for name in command.shows)
         parser.error(f"argument --only: no command has {args.only!r}; they are behind: {'; '.join(shown)}")
@@ -278,7 +282,7 @@ def state(command: Command) -> str:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
         try:
             return "done" if Run(get_args(command.method, None, list(command.flags))).finished else "missing"
-        except (InputError, SystemExit):
+        except (InputError, OSError, SystemExit):
             return "waits" if "argument --ticket" in error.getvalue() else "missing"
 
 

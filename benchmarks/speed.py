@@ -68,6 +68,7 @@ def main(argv=None):
     for arch, timesteps, batch_size, mask, options, repeats in plan(args.device, args.quick):
         print(f"{arch} T={timesteps} B={batch_size} {mask} mask", file=sys.stderr, flush=True)
         report["rows"] += network_rows(args.device, arch, timesteps, batch_size, tests, mask, options, repeats)
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}.partial.json", report)  # stopped half way, half is there
         torch._dynamo.reset()
         gc.collect()

@@ -21,7 +21,7 @@ from utils.flags import METHODS
 from utils.records import identity, read_args, write_results, write_rows
 from utils.runs import COPY, PREVIOUS
 from utils.signals import stop_deferred, stopping
-from utils.training import MaskedUpdate
+from utils.training import MaskedUpdate, evaluate
 
 TIMES = {"seconds", "search_seconds", "train_seconds", "checksum"}
 
@@ -174,14 +174,14 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, tiny, monkeypa
 
     def full(path, data):
         path.touch()
-        raise OSError(28, "No space left on device", str(path))
+        raise OSError(28, "No space left on device")  # as a write has it, without the file's name
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_bytes", full)
         with pytest.raises(SystemExit) as stop:
             main(tiny)
     assert stop.value.code == 2
-    assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"No space left on device: '.*safetensors'", capsys.readouterr().err.strip().splitlines()[-1])
     after = contents(folder_of(tmp_path, "earlybird"))
     assert all(after[name][1] == value[1] for name, value in before.items() if name.endswith("safetensors"))
     main(tiny)
@@ -679,7 +679,7 @@ def test_signal_in_an_epoch_loses_no_step(tmp_path, tiny, monkeypatch, capsys, m
     assert steps.count == trained, "a step was lost, and trained again"
     assert_same(contents(folder_of(tmp_path, method)), contents(folder_of(tmp_path / "stopped", method)))
     shown = capsys.readouterr()
-    assert "stopped and saved after step 3 of 3" in shown.out
+    assert "stopped and saved after step 3 of 3" in shown.err
     assert "the same command, without --restart, goes on" in shown.err
 
 
@@ -694,6 +694,45 @@ def test_signal_anywhere_else_loses_no_epoch(tmp_path, tiny, monkeypatch, module
     flags = [*tiny[:-1], str(tmp_path / "stopped" / "runs")]
     assert stopped_again_and_again(main, flags, calls) >= 4
     assert_same(contents(folder_of(tmp_path, method)), contents(folder_of(tmp_path / "stopped", method)))
+
+
+def test_second_sigterm_does_not_keep_the_epoch_from_being_saved(tmp_path, tiny, monkeypatch):
+    real, writes = training.Run.save_epoch, []
+
+    def save_epoch(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        writes.append(args)
+        real(*args)
+
+    steps = Calls(MaskedUpdate.__call__)
+    steps.signal_at = {2}
+    monkeypatch.setattr(MaskedUpdate, "__call__", steps)
+    monkeypatch.setattr(training.Run, "save_epoch", save_epoch)
+    with pytest.raises(SystemExit) as stop:
+        script("earlybird")(tiny)
+    assert stop.value.code == 143
+    assert writes
+    assert (folder_of(tmp_path, "earlybird") / "checkpoints" / "interrupted.safetensors").exists()
+
+
+def test_folder_that_is_moved_during_the_run_is_not_begun_again(tmp_path, tiny, monkeypatch, capsys):
+    script("earlybird")([*tiny, "--output_dir", str(tmp_path / "whole" / "runs")])
+
+    def moving(*args):
+        if (tmp_path / "runs").exists():
+            (tmp_path / "runs").rename(tmp_path / "elsewhere")
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", moving)
+        with pytest.raises(SystemExit) as stop:
+            script("earlybird")(tiny)
+    assert stop.value.code == 2
+    assert str(folder_of(tmp_path, "earlybird") / "metrics.jsonl") in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    script("earlybird")([*tiny[:-1], str(tmp_path / "elsewhere")])
+    moved = tmp_path / "elsewhere" / "earlybird" / "synthetic-vgg16-round1"
+    assert_same(contents(folder_of(tmp_path / "whole", "earlybird")), contents(moved))
 
 
 def test_second_ctrl_c_interrupts_the_step_and_saves_nothing_of_it(tmp_path, tiny, monkeypatch):

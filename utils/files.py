@@ -19,7 +19,6 @@ TEMPORARY = ".tmp"  # ending of a file that is being written; one left behind by
 
 
 def _replace(path: Path, write, before: Path | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     # two processes, on two machines perhaps, may write one file: the cache of a data set
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
@@ -29,8 +28,10 @@ def _replace(path: Path, write, before: Path | None = None) -> None:
         if before is not None and path.exists():
             os.replace(path, before)
         os.replace(temporary, path)
-    except Exception:
+    except (Exception, KeyboardInterrupt) as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -76,7 +77,8 @@ def hold(path: Path, complaint: str) -> FileLock:
     try:
         lock.acquire()
     except Timeout as error:
-        raise InUseError(f"{complaint} by {holder.read_text() if holder.exists() else 'another process'}") from error
+        name = holder.read_text(errors="replace") if holder.exists() else "another process"
+        raise InUseError(f"{complaint} by {name}") from error
     write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
     return lock
 

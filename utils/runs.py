@@ -37,7 +37,7 @@ REMEDY = "use another --exp_name, or --restart to delete that run and start over
 COPY = "checkpoints/flags.json"  # of args.json
 PREVIOUS = "previous"  # the checkpoint that the newest one took the place of
 INTERRUPTED = "interrupted"  # the checkpoint of an epoch that was stopped before its end
-REMOVE = "remove it and results.json to train this stage again, or use --restart"
+REMOVE = "remove it, previous.safetensors and results.json to train this stage again, or use --restart"
 RESTORED = "it is restored from the checkpoints"
 _ABSENT = object()
 
@@ -113,8 +113,11 @@ class Run:
             raise InputError(f"{self.folder} was begun with other images than there are now: {REMEDY}")
         if first:
             for path in (self._path("args.json"), self._path(COPY)):
+                # folders are made here alone: a run whose folder is moved or unmounted must not begin another
+                path.parent.mkdir(exist_ok=True)
                 if self.damage or not path.exists():
                     write_json(path, sealed(before))
+            self._path("tickets").mkdir(exist_ok=True)
             for leftover in self.folder.rglob(f"*{TEMPORARY}"):
                 leftover.unlink()
         for name in ("versions", "device_name", "threads", "ranks"):

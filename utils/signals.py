@@ -71,9 +71,9 @@ def _handled_by(handler):
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: action for number, action in before.items() if action not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, handler)
     try:
+        for number in before:
+            signal.signal(number, handler)
         yield
     finally:
         for number, action in before.items():

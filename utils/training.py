@@ -154,9 +154,12 @@ def fit(
         except Stopped:
             if not args.sync_batch_norm:
                 distributed.from_rank_0(model.buffers())
-            _check_weights(model, title, update.learning_rate)
-            run.save_epoch(phase, level, epoch, model, optimizer, progress)
-            print(f"{title}: stopped and saved after step {progress.step} of {len(progress.losses)}", flush=True)
+            with stop_deferred():  # a scheduler may signal twice
+                _check_weights(model, title, update.learning_rate)
+                run.save_epoch(phase, level, epoch, model, optimizer, progress)
+                if distributed.rank() == 0:  # not to stdout: where that is a pipe, Ctrl-C has closed it
+                    done = f"{progress.step} of {len(progress.losses)}"
+                    print(f"{title}: stopped and saved after step {done}", file=sys.stderr)
             raise
         if checkpoint is not None:
             # the last epoch of the schedule leaves nothing to go on with
