@@ -118,8 +118,7 @@ class Work:
             try:
                 self.executor.start(command, log)
             except OSError as error:  # a full disk
-                self.failed[command] = str(error)
-                self._say(f"failed: {command}")
+                self._fail(command, str(error))
             else:
                 self.running[command] = time.monotonic()
 
@@ -149,11 +148,15 @@ class Work:
             tries = f"try {self.deaths[command] + 1} of {RETRIES + 1}"
             self._say(f"killed, goes on from its checkpoint, {tries}: {command}")
         else:
-            self.failed[command] = self._last_lines(command)
-            self._say(f"failed: {command}")
-            for other in [other for other in self.waiting if other.source == command.name]:
-                self.waiting.remove(other)
-                self.failed[other] = f"not run: it needs the ticket of {command.name}, which failed"
+            self._fail(command, self._last_lines(command))
+
+    def _fail(self, command, why: str) -> None:
+        """Give up a run, and those that need its ticket."""
+        self.failed[command] = why
+        self._say(f"failed: {command}")
+        for other in [other for other in self.waiting if other.source == command.name]:
+            self.waiting.remove(other)
+            self.failed[other] = f"not run: it needs the ticket of {command.name}, which failed"
 
     def _say(self, line: str) -> None:
         print(line, flush=True)
@@ -212,7 +215,8 @@ class Local:
             self.running[command] = subprocess.Popen(
                 call, env=self.environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
             )
-            file.write(_heading(self.running[command].pid, command.method, command.flags))
+            with contextlib.suppress(OSError):  # the run has begun, whatever its log takes
+                os.write(file.fileno(), _heading(self.running[command].pid, command.method, command.flags).encode())
 
     def wait(self, seconds: float) -> list[tuple]:
         """The commands that have ended, each with its exit code; waits so long for a first one."""

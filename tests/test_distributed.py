@@ -158,20 +158,19 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_checkpoint_stands(tmp_pat
     assert len(Finished(folder).results) == 1
 
 
-def test_bad_flag_is_one_line_of_one_rank(tmp_path):
-    flags = [*TINY, "--batch_size", "1", "--output_dir", tmp_path]
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch_size 1", "--batch_size: must be at least 2, the number of ranks, got 1"),
+        ("--test_samples 9999", "--test_samples must be from 1 to 200"),
+    ],
+)
+def test_bad_input_is_one_line_of_one_rank(tmp_path, flags, message):
+    flags = [*TINY, *flags.split(), "--output_dir", tmp_path]
     code, _, errors = lines_of(start(ROOT / "train_snn_earlybird.py", *flags))
     assert code != 0
     (error,) = errors
-    assert "--batch_size: must be at least 2, the number of ranks, got 1" in error
-
-
-def test_bad_data_is_one_line_of_one_rank(tmp_path):
-    flags = [*TINY, "--test_samples", "9999", "--output_dir", tmp_path]
-    code, _, errors = lines_of(start(ROOT / "train_snn_earlybird.py", *flags))
-    assert code != 0
-    (error,) = errors
-    assert "--test_samples must be from 1 to 200" in error
+    assert message in error
 
 
 def test_more_ranks_than_cards(monkeypatch, capsys):

@@ -122,6 +122,23 @@ def test_a_run_that_is_killed_each_time_is_given_up(work):
     assert tried.failed == {A: f"line {RETRIES + 1} of {A.name}"}  # of the last try alone
 
 
+def test_a_run_that_cannot_be_started_stops_only_the_runs_that_need_its_ticket(work, monkeypatch):
+    executor = Played({})
+    start = executor.start
+
+    def full(command, log):
+        if command == A:
+            raise OSError(28, "No space left on device", str(log))
+        start(command, log)
+
+    monkeypatch.setattr(executor, "start", full)
+    tried = work([A, OF_A, B], executor)
+    tried.run()
+    assert short(executor.log) == ["b"]
+    assert "No space left on device" in tried.failed[A]
+    assert "needs the ticket" in tried.failed[OF_A]
+
+
 def test_an_error_stops_only_the_runs_that_need_the_ticket(work, capsys):
     executor = Played({A.name: [1], B.name: [2]})
     tried = work([A, B, OF_A, C], executor)
