@@ -229,11 +229,9 @@ def main(argv=None):
             parser.error(f"argument --{name}: only with --launcher ray")
     output_dir = args.output_dir or f"runs/{args.scale}"
     everything = list(commands(SCALES[args.scale], output_dir, args.data_dir))
-    wanted = [
-        command
-        for command in everything
-        if args.only in command.shows or args.only in str(command).split(" --output_dir ")[0]
-    ]
+    without_paths = commands(SCALES[args.scale], ".")
+    texts = {command: str(bare) for command, bare in zip(everything, without_paths, strict=True)}
+    wanted = [command for command in everything if args.only in command.shows or args.only in texts[command]]
     if not wanted:
         shown = dict.fromkeys(name for command in everything for name in command.shows)
         parser.error(f"argument --only: no command has {args.only!r}; they are behind: {'; '.join(shown)}")

@@ -30,7 +30,7 @@ TINY = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--torture", action="store_true", help="the long form of tests/test_torture.py, a few minutes")
+    parser.addoption("--torture", action="store_true", help="the long form of tests/test_torture.py, 8 minutes")
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,14 @@ def test_part_of_the_list_brings_the_tickets_that_it_needs(tiny_scale, tmp_path,
     assert {"imp", "eb-1", "eb-et-1", "imp-shuffle-1", "eb-shuffle-1", "eb-et-shuffle-1", "imp-reinit-1"} == set(names)
 
 
+def test_part_is_not_looked_for_in_paths(tiny_scale, tmp_path, capsys):
+    paths = ["--output_dir", str(tmp_path / "snip"), "--data_dir", str(tmp_path / "snip")]
+    reproduce.main(["--scale", "small", "--only", "snip", "--dry_run", *paths])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
+    assert lines
+    assert all("--ticket snip" in line for line in lines)
+
+
 def test_nothing_to_do_names_what_there_is(tiny_scale, capsys):
     with pytest.raises(SystemExit) as stop:
         reproduce.main(["--scale", "small", "--only", "Fig. 99"])
