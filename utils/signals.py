@@ -1,6 +1,8 @@
 """SIGTERM, Ctrl-C and a closed terminal: a run stops between two steps, where it can be gone on with."""
 
+import os
 import signal
+import stat
 import threading
 from contextlib import contextmanager
 
@@ -25,6 +27,7 @@ class _Noted(list):
     """A handler that writes down what signals came."""
 
     def __call__(self, number, frame):
+        _leave_terminal(number)
         self.append(number)
 
 
@@ -34,6 +37,7 @@ def stopping():
     stop together, where they agree to."""
 
     def stop(number, frame):
+        _leave_terminal(number)
         raise Stopped(number)
 
     with _handled_by(stop if distributed.ranks() == 1 else _Noted()):
@@ -53,6 +57,7 @@ def stop_deferred():
     asked = []
 
     def note(number, frame):
+        _leave_terminal(number)
         if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
         asked.append(number)
@@ -61,6 +66,15 @@ def stop_deferred():
         yield asked
     if asked:
         raise Stopped(asked[0])
+
+
+def _leave_terminal(number: int) -> None:
+    """Print nowhere once the terminal is closed: a progress bar would end the step with an error."""
+    if number == getattr(signal, "SIGHUP", None):
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), stream)
 
 
 @contextmanager
