@@ -16,6 +16,7 @@ from models.layers import synchronise_batch_norms
 
 from . import distributed
 from .data import Data, Split
+from .engine import set_up
 from .errors import DivergedError
 from .files import checksum
 from .masks import Mask, prunable
@@ -123,6 +124,7 @@ def fit(
         )
     if distributed.ranks() > 1 and args.sync_batch_norm:
         synchronise_batch_norms(model)
+    set_up(next(model.parameters()).device)
     network = distributed.parallel(model)
     update, images = MaskedUpdate(optimizer, model, mask), len(data.train)
     for epoch in range(first, epochs.stop):
