@@ -342,7 +342,7 @@ def operations(arch, channels, side, width) -> int:
 def seconds_per_step(arch, channels, side, neuron, width, timesteps, batch_size, device, precision) -> float:
     """Seconds of a training step on this machine, the mean of a few after a first one."""
     model = build_model(arch, channels, 10, neuron, width).to(device)
-    settings = argparse.Namespace(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
+    settings = argparse.Namespace(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=5e-4, cuda_graph=False)
     update = MaskedUpdate(make_optimizer(model, settings), model, dense_mask(model))
     images = torch.randn(batch_size, channels, side, side, device=device)
     labels = torch.randint(10, (batch_size,), device=device)

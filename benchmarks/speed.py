@@ -44,7 +44,7 @@ OPTIONS = tuple(product(("fp32", "bf16"), (False, True)))  # precision, compile
 SPARSE = 11  # prunings of 25 %: 95.69 % of all parameters of VGG16, 95.78 % of its prunable weights
 CLASSES, WIDTH = 10, 1.0
 TIES = 10  # weights of the same size as the threshold: the authors' style keeps them all, the engine the last ones
-SETTINGS = SimpleNamespace(optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=5e-4)
+SETTINGS = SimpleNamespace(optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=5e-4, cuda_graph=False)
 ROW = (
     "what arch timesteps batch_size mask variant precision compile n seconds_per_image ratio peak_share peak_memory_mib"
 ).split()

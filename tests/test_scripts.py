@@ -334,6 +334,7 @@ def test_emptied_layer_is_named_in_a_warning(run, capsys):
         ("laterewindlth", "--exp_name ../elsewhere", "name without a path"),
         ("laterewindlth", "--learning 0.1", "unrecognized arguments: --learning"),
         ("laterewindlth", "--dataset cifar10 --data_dir nowhere", "put the images into nowhere/cifar10/train"),
+        ("laterewindlth", "--cuda_graph", "--cuda_graph: is for a single GPU, got cpu with 1 rank"),
         ("laterewindlth", "--test_samples 9999", "--test_samples must be from 1 to 200"),
     ],
 )
@@ -361,7 +362,7 @@ def test_cuda_without_a_gpu(tiny, capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [[], ["--compile"]])
+@pytest.mark.parametrize("options", [[], ["--compile"], ["--cuda_graph"], ["--compile", "--cuda_graph"]])
 @pytest.mark.parametrize("method", METHODS)
 def test_script_on_a_gpu(run, method, options):
     done = run(method, "--device", "cuda", *options)
@@ -407,5 +408,5 @@ def test_defaults_are_the_papers(method):
 def test_help_gives_every_default():
     alone = {"--help", "--restart", "--no_compile", "--no_sync_batch_norm"}
     actions = [action for action in make_parser("oneshot")._actions if not alone & set(action.option_strings)]
-    assert len(actions) == 45
+    assert len(actions) == 46
     assert all("(default: " in action.help for action in actions)

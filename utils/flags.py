@@ -371,6 +371,14 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
         help="fuse what lies between convolutions with torch.compile: the first steps take longer, all others less",
     )
     run.add_argument("--no_compile", dest="compile", action="store_false", default=False, help="do not (default)")
+    add(
+        run,
+        "--cuda_graph",
+        action="store_true",
+        default=False,
+        shown="off",
+        help="launch a training step as one CUDA graph instead of kernel by kernel; on one GPU",
+    )
     add(run, "--output_dir", default="runs", metavar="DIR", help="folder that holds all runs")
     add(
         run,
@@ -433,6 +441,9 @@ def get_args(method: str, description: str | None = None, argv: list[str] | None
             f"argument --batch_size: must be at least {distributed.ranks()}, the number of ranks, got {args.batch_size}"
         )
     args.device = _device(parser, args.device)
+    if args.cuda_graph and (not args.device.startswith("cuda") or distributed.ranks() > 1):
+        here = f"{args.device} with {distributed.ranks()} rank{'s' * (distributed.ranks() > 1)}"
+        parser.error(f"argument --cuda_graph: is for a single GPU, got {here}")
     if args.precision is None:
         args.precision = "bf16" if args.device.startswith("cuda") else "fp32"
     _note_unused(args, parser, sys.argv[1:] if argv is None else argv)

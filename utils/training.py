@@ -16,7 +16,7 @@ from models.layers import synchronise_batch_norms
 
 from . import distributed
 from .data import Data, Split
-from .engine import set_up
+from .engine import Graphed, set_up
 from .errors import DivergedError
 from .files import checksum
 from .masks import Mask, prunable
@@ -29,11 +29,12 @@ SECONDS_BETWEEN_READS = 0.5  # a read of the loss waits for the device
 
 def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     """A fresh optimizer without momentum, the weight decay on all parameters (section 4.1)."""
+    rate, decay = args.learning_rate, args.weight_decay
+    if args.cuda_graph:  # a captured step reads its rate from memory
+        rate = torch.tensor(rate, device=next(model.parameters()).device)
     if args.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    return torch.optim.SGD(
-        model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
-    )
+        return torch.optim.Adam(model.parameters(), rate, weight_decay=decay, fused=True, capturable=args.cuda_graph)
+    return torch.optim.SGD(model.parameters(), rate, args.momentum, weight_decay=decay, fused=True)
 
 
 def learning_rate(args, epoch: int, level: int = 0) -> float:
@@ -125,18 +126,20 @@ def fit(
     if distributed.ranks() > 1 and args.sync_batch_norm:
         synchronise_batch_norms(model)
     set_up(next(model.parameters()).device)
-    network = distributed.parallel(model)
-    update, images = MaskedUpdate(optimizer, model, mask), len(data.train)
+    network, images = distributed.parallel(model), len(data.train)
+    update, step = MaskedUpdate(optimizer, model, mask), None
     for epoch in range(first, epochs.stop):
         update.set_learning_rate(learning_rate(args, epoch, level))
         title = f"{phase} level {level} epoch {epoch + 1}/{args.end_iter} T={timesteps}"
         progress = run.resume_epoch(phase, level, epoch, model, optimizer, math.ceil(images / args.batch_size))
+        if step is None or progress.step:  # what is read back into the optimizer lies elsewhere in memory
+            step = TrainingStep(network, update, timesteps, args, images)
         batches = data.train.augmented_batches(args.batch_size, run.generator(level, epoch), progress.step)
         left = partial(run.time_left, phase, timesteps)
         last = epoch + 1 == args.end_iter
         tested = last or (epoch + 1) % args.valid_freq == 0
         try:
-            loss, accuracy = _train_epoch(network, images, batches, progress, update, timesteps, args, title, left)
+            loss, accuracy = _train_epoch(step, images, batches, progress, args, title, left)
             if not args.sync_batch_norm:
                 distributed.from_rank_0(model.buffers())
             _check_weights(model, title, update.learning_rate)
@@ -183,14 +186,15 @@ class MaskedUpdate:
         self.optimizer = optimizer
         self.weights = [weights[name].detach() for name in pruned]  # shares the parameter's memory
         self.keep = [mask[name].float() for name in pruned]
-
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        self.learning_rate: float | None = None
 
     def set_learning_rate(self, rate: float) -> None:
+        self.learning_rate = rate
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def __call__(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -200,15 +204,48 @@ class MaskedUpdate:
             torch._foreach_mul_(self.weights, self.keep)
 
 
-def _train_epoch(network, images, batches, progress, update, timesteps, args, title, time_left) -> tuple[float, float]:
+class TrainingStep:
+    """Forward, backward and update with one batch; with ``args.cuda_graph``, a full batch's as a CUDA graph.
+
+    Args:
+        network: what is run.
+        update: of its parameters.
+        timesteps: T.
+        args: the flags of the script.
+        images: in an epoch, of all ranks together.
+    """
+
+    def __init__(self, network: nn.Module, update: MaskedUpdate, timesteps: int, args, images: int):
+        self.network, self.update = network, update
+        whole = min(args.batch_size, images)  # a full batch, and this rank's part of it
+        part = distributed.part_of(whole)
+        self.full = part.stop - part.start
+        self.plain = partial(_train_on, network, update, timesteps, args.precision, self.full)
+        self.graphed = Graphed(partial(self.plain, whole)) if args.cuda_graph else None
+
+    def __call__(self, inputs: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
+        """Mean loss and number of correct predictions of this rank's images [B,C,H,W] and labels [B] in a batch of
+        ``whole`` images; not yet known to the host."""
+        if self.graphed is not None and len(labels) == self.full:
+            return self.graphed(inputs, labels)
+        return self.plain(whole, inputs, labels)
+
+
+def _train_on(network, update, timesteps, precision, full, whole, inputs, labels) -> tuple[Tensor, Tensor]:
+    logits = forward(network, inputs, timesteps, precision, full)
+    loss = loss_over_time(logits, labels)
+    update(distributed.weighted(loss, len(labels), whole))
+    return loss.detach(), (logits.detach().mean(0).argmax(-1) == labels).sum()
+
+
+def _train_epoch(step, images, batches, progress, args, title, time_left) -> tuple[float, float]:
     """What is left of one pass over the training images: mean loss, and accuracy in % on the augmented images. A
     signal to stop waits for the end of the step, and on several ranks all stop after the same one."""
-    network.train()
-    began = progress.step
+    step.network.train()
+    rate, began = step.update.learning_rate, progress.step
     started = time.perf_counter() - progress.seconds
     next_read = time.perf_counter() + SECONDS_BETWEEN_READS
     seen = min(progress.step * args.batch_size, images)
-    full = distributed.part_of(min(args.batch_size, images))  # of a batch, on this rank
     bar = tqdm(total=images, initial=seen, desc=title, unit="image", leave=False, file=sys.stdout, disable=None)
     with bar, stop_deferred() as asked:
 
@@ -218,11 +255,9 @@ def _train_epoch(network, images, batches, progress, update, timesteps, args, ti
         for inputs, labels in batches:
             agreed = distributed.begin_maxima(wishes)
             whole = min(args.batch_size, images - seen)
-            logits = forward(network, inputs, timesteps, args.precision, full.stop - full.start)
-            loss = loss_over_time(logits, labels)
-            update(distributed.weighted(loss, len(labels), whole))
-            progress.losses[progress.step] = loss.detach() * len(labels)
-            progress.correct += (logits.detach().mean(0).argmax(-1) == labels).sum()
+            loss, correct = step(inputs, labels, whole)
+            progress.losses[progress.step] = loss * len(labels)
+            progress.correct += correct
             progress.step += 1
             seen += whole
             bar.update(whole)
@@ -232,13 +267,13 @@ def _train_epoch(network, images, batches, progress, update, timesteps, args, ti
                 break
             if read:
                 losses, correct = distributed.sums(progress.losses, progress.correct)
-                _check_finite(losses, title, update.learning_rate)
+                _check_finite(losses, title, rate)
                 left = clock(time_left(progress.seconds * images / seen) - progress.seconds)
                 loss, accuracy = losses.sum().item() / seen, 100 * correct.item() / seen
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %, run {left} left")
                 next_read = time.perf_counter() + SECONDS_BETWEEN_READS
         progress.losses, progress.correct = distributed.sums(progress.losses, progress.correct)
-        _check_finite(progress.losses, title, update.learning_rate)
+        _check_finite(progress.losses, title, rate)
         if progress.step > began:
             progress.seconds = time.perf_counter() - started  # the device is done, too
         stop, progress.seconds = distributed.begin_maxima(lambda: [max(asked, default=0), progress.seconds])()
