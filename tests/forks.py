@@ -125,5 +125,8 @@ def _call(method, flags, log, counter, event, sent):
         traceback.print_exc()
         return TRACEBACK
     finally:
+        for thread in threading.enumerate():  # os._exit would not wait for the checkpoint
+            if thread is not threading.main_thread() and not thread.daemon:
+                thread.join()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,5 +1,6 @@
 """A run that is killed anywhere and started again ends as one that was never stopped, bit for bit."""
 
+import copy
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,12 +16,14 @@ import safetensors.torch
 import torch
 from conftest import ROOT, TINY, folder_of, make_tree, needs_a_compiler, script
 
-from utils import training
+from models import build_model
+from utils import runs, training
 from utils.data import _synthetic as synthetic
+from utils.data import load_data
 from utils.files import TEMPORARY, checksum, read_tensors, unsealed, write_tensors
 from utils.flags import METHODS
 from utils.records import identity, read_args, write_results, write_rows
-from utils.runs import COPY, PREVIOUS
+from utils.runs import COPY, PREVIOUS, Run, load_network
 from utils.signals import stop_deferred, stopping
 from utils.training import MaskedUpdate, evaluate
 
@@ -186,6 +190,76 @@ def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, tiny, monkeypa
     assert all(after[name][1] == value[1] for name, value in before.items() if name.endswith("safetensors"))
     main(tiny)
     assert json.loads((folder_of(tmp_path, "earlybird") / "results.json").read_text())
+
+
+def test_training_goes_on_while_its_checkpoint_is_written(tmp_path, tiny, monkeypatch):
+    """The write of epoch 0 waits until a step of epoch 1 is done."""
+    script("laterewindlth")([*tiny, "--exp_name", "never-stopped"])
+    stepped, steps, write, step = threading.Event(), [], runs.write_tensors, MaskedUpdate.__call__
+
+    def slow(path, *rest, **options):
+        if path.stem == "dense":
+            assert stepped.wait(60)
+        write(path, *rest, **options)
+
+    def counted(self, loss):
+        step(self, loss)
+        steps.append(loss)
+        if len(steps) == 4:  # 3 batches are an epoch
+            stepped.set()
+
+    monkeypatch.setattr(runs, "write_tensors", slow)
+    monkeypatch.setattr(MaskedUpdate, "__call__", counted)
+    script("laterewindlth")(tiny)
+    assert_same(contents(folder_of(tmp_path, "laterewindlth")), contents(folder_of(tmp_path, "never-stopped")))
+
+
+def test_checkpoint_is_of_the_moment_at_which_it_was_asked_for(tiny_args, monkeypatch):
+    run = Run(tiny_args("laterewindlth"))
+    run.begin(load_data(run.args))
+    model, checkpoint = build_model("vgg16", 3, 10, width=0.0625), run.checkpoint("dense")
+    run.resume(checkpoint, "dense", 0, range(4), model, None)
+    asked, changed, write = copy.deepcopy(model), threading.Event(), runs.write_tensors
+
+    def slow(*rest, **options):
+        assert changed.wait(60)
+        write(*rest, **options)
+
+    monkeypatch.setattr(runs, "write_tensors", slow)
+    run.save_checkpoint(checkpoint, 1, model, None)
+    for tensor in model.state_dict().values():
+        tensor.fill_(7)
+    changed.set()
+    run.wait_for_checkpoint()
+    load_network(checkpoint, model)
+    assert checksum(model.state_dict()) == checksum(asked.state_dict())
+
+
+def test_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_one(tmp_path, tiny, monkeypatch, capsys):
+    write, steps, step = runs.write_tensors, [], MaskedUpdate.__call__
+
+    def full(path, *rest, **options):
+        if path.stem == "level_00":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, *rest, **options)
+
+    def counted(self, loss):
+        step(self, loss)
+        steps.append(loss)
+
+    monkeypatch.setattr(runs, "write_tensors", full)
+    monkeypatch.setattr(MaskedUpdate, "__call__", counted)
+    with pytest.raises(SystemExit) as stop:
+        script("laterewindlth")(tiny)
+    assert stop.value.code == 2
+    assert len(steps) <= 4 * 3  # the epoch that the checkpoint was of, and at most one more
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "No space left on device" in line
+    assert "level_00.safetensors" in line
+    monkeypatch.undo()
+    script("laterewindlth")(tiny)
+    script("laterewindlth")([*tiny, "--exp_name", "never-stopped"])
+    assert_same(contents(folder_of(tmp_path, "laterewindlth")), contents(folder_of(tmp_path, "never-stopped")))
 
 
 def test_same_command_gives_the_same_weights_and_another_round_others(tmp_path, tiny):
@@ -764,3 +838,10 @@ def test_signals_that_are_ignored_stay_ignored_and_handlers_come_back():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_may_go_on_with_its_steps_launched_in_another_way(tiny_args):
+    args = tiny_args("laterewindlth")
+    Run(args).begin(load_data(args))
+    args.cuda_graph = True
+    assert Run(args).identity

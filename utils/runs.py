@@ -4,12 +4,14 @@ A script is resumed by running it again. It takes the same path; ``fit`` reads f
 checkpoints and goes on with the interrupted one, so all that the script derives from the weights comes out the same.
 """
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,8 +43,8 @@ REMOVE = "remove it, previous.safetensors and results.json to train this stage a
 RESTORED = "it is restored from the checkpoints"
 _ABSENT = object()
 
-# where things are, what they hold has a checksum; and what is only shown
-MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket", "tensorboard")
+# where things are, what they hold has a checksum; how a step is launched; and what is only shown
+MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket", "cuda_graph", "tensorboard")
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Run:
         self.position = 0  # where in the rows the next epoch belongs
         self.stage: tuple[str, int] | None = None  # phase and level of the newest stage
         self.start: str | None = None  # checksum of the flags and of the state that it started from
+        self.writing: Future | None = None  # the newest checkpoint, on its way to the disk
         if not args.restart:
             self._read()
 
@@ -150,6 +153,7 @@ class Run:
             InputError: the checkpoint is another one's. A damaged one is put aside with a warning; the one before it
                 takes its place or, where there is none, the start of the stage.
         """
+        self.wait_for_checkpoint()
         settings = {name: value for name, value in self._flags().items() if name not in MAY_DIFFER}
         self.stage, self.start = (phase, level), checksum(model.state_dict(), json.dumps(settings, sort_keys=True))
         first = epochs.start
@@ -202,7 +206,7 @@ class Run:
         recent: "deque[Mask] | tuple" = (),
     ) -> None:
         """Write the checkpoint of the stage that ``resume`` began: tensors and numbers, nothing pickled. The one before
-        it is kept.
+        it is kept. In a single process it is written while the training goes on; see ``wait_for_checkpoint``.
 
         Args:
             checkpoint: the file.
@@ -210,6 +214,9 @@ class Run:
             model: its parameters and statistics.
             optimizer: its state, or None where nothing is left to train.
             recent: the masks of the last epochs of an Early-Bird search.
+
+        Raises:
+            OSError: this checkpoint, or the one before it, could not be written.
         """
         tensors = _state(model, optimizer)
         for position, mask in enumerate(recent):
@@ -217,17 +224,39 @@ class Run:
         rows = [row for row in self._rows_of(*self.stage) if row["epoch"] < epoch]
         metadata = {"format": FORMAT, "stage": checkpoint.stem, "start": self.start}
         metadata |= {"epoch": epoch, "masks": len(recent), "rows": rows}
+
+        def write(tensors: dict[str, Tensor], metadata: dict) -> None:
+            write_tensors(checkpoint, tensors, metadata, before=self.checkpoint(PREVIOUS))
+            self.checkpoint(INTERRUPTED).unlink(missing_ok=True)
+
         with stop_deferred():
             distributed.check_same("a checkpoint", lambda: metadata | {"tensors": checksum(tensors)})
+            self.wait_for_checkpoint()
             if distributed.rank() == 0:
-                write_tensors(checkpoint, tensors, metadata, before=self.checkpoint(PREVIOUS))
-                self.checkpoint(INTERRUPTED).unlink(missing_ok=True)
-            distributed.barrier()
+                # copies, for the training goes on
+                copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+                thread = ThreadPoolExecutor(1)
+                self.writing = thread.submit(write, copies, copy.deepcopy(metadata))
+                thread.shutdown(wait=False)
+            if distributed.ranks() > 1:
+                self.wait_for_checkpoint()
+                distributed.barrier()
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the newest checkpoint is on the disk. The interpreter does so before it ends.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
     def save_epoch(
         self, phase: str, level: int, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
     ) -> None:
         """Write an epoch that is stopped before its end, beside the checkpoint of the one before."""
+        self.wait_for_checkpoint()
         tensors = _state(model, optimizer) | {"losses": progress.losses, "correct": progress.correct}
         metadata = {"format": FORMAT, "phase": phase, "level": level, "epoch": epoch, "start": self.start}
         metadata |= {"step": progress.step, "seconds": progress.seconds}
@@ -250,6 +279,8 @@ class Run:
         device = next(model.parameters()).device
         begun = Progress(torch.zeros(steps, device=device), torch.zeros((), dtype=torch.long, device=device))
         path = self.checkpoint(INTERRUPTED)
+        if path.exists():  # a checkpoint on its way removes it
+            self.wait_for_checkpoint()
         if not path.exists():
             return begun
         here = {"format": FORMAT, "phase": phase, "level": level, "epoch": epoch, "start": self.start}
@@ -334,6 +365,7 @@ class Run:
         Raises:
             InputError: the ticket on disk is another one.
         """
+        self.wait_for_checkpoint()  # no ticket without the training that it comes from
         empty = emptied_layers(mask)
         if empty:
             print(

@@ -169,6 +169,8 @@ def fit(
         if checkpoint is not None:
             # the last epoch of the schedule leaves nothing to go on with
             run.save_checkpoint(checkpoint, epoch + 1, model, None if last else optimizer)
+    if checkpoint is not None:
+        run.wait_for_checkpoint()
 
 
 class MaskedUpdate:
