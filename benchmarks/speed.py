@@ -5,6 +5,10 @@
 
 Variant ``loop`` is the authors' style (``authors_style.py``), ``engine`` is what ``fit`` and ``evaluate`` run. A figure
 is the median of n repeats; in each repeat all variants run one after the other: a busy machine slows all of them.
+
+On a GPU it ends within 8 minutes, needs no data, and times two more variants: ``engine, CUDA graph``, a step launched
+as a whole, and ``engine, epochs``, whole epochs of ``fit`` over 50,000 augmented images. What there was no time for is
+named at the end.
 """
 
 import argparse
@@ -15,10 +19,12 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from functools import partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
@@ -32,19 +38,37 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler counts memory her
 from benchmarks import authors_style  # noqa: E402
 from benchmarks.loop import loop_of  # noqa: E402
 from models import build_model  # noqa: E402
-from utils.data import DATASETS, Split  # noqa: E402
+from utils.data import DATASETS, Data, Split  # noqa: E402
+from utils.engine import WARM_UP, set_up  # noqa: E402
 from utils.errors import InputError, one_line_errors  # noqa: E402
 from utils.files import read_json, write_json, write_text  # noqa: E402
+from utils.flags import get_args  # noqa: E402
 from utils.masks import dense_mask, distance, magnitude_mask, prunable, prune_by_magnitude, sparsity_after  # noqa: E402
-from utils.runs import versions  # noqa: E402
-from utils.training import EVALUATION_BATCH, MaskedUpdate, forward, loss_over_time, make_optimizer  # noqa: E402
+from utils.runs import Run, versions  # noqa: E402
+from utils.training import (  # noqa: E402
+    EVALUATION_BATCH,
+    MaskedUpdate,
+    TrainingStep,
+    fit,
+    forward,
+    loss_over_time,
+    make_optimizer,
+)
 
 ARCHS = ("vgg16", "resnet19")
-OPTIONS = tuple(product(("fp32", "bf16"), (False, True)))  # precision, compile
+PRECISIONS = ("fp32", "bf16")
+OPTIONS = tuple(product(PRECISIONS, (False, True), (False,)))  # precision, compile, CUDA graph
+ON_A_GPU = (*OPTIONS, ("bf16", False, True), ("bf16", True, True))
+DEFAULT, BEST_GUESS = ("bf16", False, False), ("bf16", True, True)
+EPOCH = 50_000  # images
+MINUTES = 6  # on a GPU, no part of the plan is begun later
 SPARSE = 11  # prunings of 25 %: 95.69 % of all parameters of VGG16, 95.78 % of its prunable weights
 CLASSES, WIDTH = 10, 1.0
 TIES = 10  # weights of the same size as the threshold: the authors' style keeps them all, the engine the last ones
-SETTINGS = SimpleNamespace(optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=5e-4, cuda_graph=False)
+SETTINGS = SimpleNamespace(
+    optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=5e-4, batch_size=128, precision="fp32",
+    cuda_graph=False,
+)  # fmt: skip
 ROW = (
     "what arch timesteps batch_size mask variant precision compile n seconds_per_image ratio peak_share peak_memory_mib"
 ).split()
@@ -61,47 +85,77 @@ def main(argv=None):
         raise InputError(f"--device {args.device}: choose from cpu, cuda (a GPU must be there)")
     folder = Path(args.out or (ROOT / "runs" / "speed" if args.quick else ROOT / "benchmarks" / "results"))
 
-    tests = EVALUATION_BATCH[args.device] if args.device == "cuda" else 20 if args.quick else 32
+    set_up(torch.device(args.device))
     report = {"machine": machine(args.device), "versions": versions(), "rows": []}
-    name = "speed-" + re.sub("[^a-z0-9]+", "-", report["machine"]["name"].lower()).strip("-")
+    path = folder / ("speed-" + re.sub("[^a-z0-9]+", "-", report["machine"]["name"].lower()).strip("-"))
+    half = path.with_suffix(".partial.json")
     report["rows"] += other_rows(args.device, repeats=3 if args.quick else 7)
-    for arch, timesteps, batch_size, mask, options, repeats in plan(args.device, args.quick):
-        print(f"{arch} T={timesteps} B={batch_size} {mask} mask", file=sys.stderr, flush=True)
-        report["rows"] += network_rows(args.device, arch, timesteps, batch_size, tests, mask, options, repeats)
+    left_out = []
+    for rows, title in all_network_rows(args.device, args.quick):
+        report["rows"] += rows
+        left_out += [] if rows else [title]
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{name}.partial.json", report)  # stopped half way, half is there
-        torch._dynamo.reset()
-        gc.collect()
-    (folder / f"{name}.partial.json").replace(folder / f"{name}.json")
-    write_text(folder / f"{name}.md", as_markdown(report))
+        write_json(half, report)  # stopped half way, half is there
+    half.replace(path.with_suffix(".json"))
+    write_text(path.with_suffix(".md"), as_markdown(report))
     print(as_markdown(report))
-    print(f"written: {folder / name}.json, .md")
+    if left_out:
+        print(f"no time or memory was left for: {'; '.join(left_out)}")
+    print(f"written: {path}.json, .md")
 
 
 def plan(device: str, quick: bool) -> list[tuple]:
-    """What is measured: (arch, timesteps, batch size, mask, options, repeats)."""
+    """What is measured, the most wanted first: (arch, timesteps, batch size, mask, options, repeats)."""
     if quick:
-        few = [("fp32", False), ("bf16", False)]
+        few = [("fp32", False, False), ("bf16", False, False)]
         return [
             ("vgg16", 3, 8, "dense", few, 3),
-            ("vgg16", 5, 8, "dense", [*few, ("fp32", True)], 3),
+            ("vgg16", 5, 8, "dense", [*few, ("fp32", True, False)], 3),
             ("resnet19", 5, 8, "dense", few, 3),
         ]
-    small = 16 if device == "cpu" else 128
-    rows = [(arch, t, small, mask, OPTIONS, 3) for arch, t, mask in product(ARCHS, range(1, 6), ("dense", "sparse"))]
-    return rows + [(arch, 5, 128, "dense", OPTIONS, 3) for arch in ARCHS if device == "cpu"]  # the paper's batch
+    masks = ("dense", "sparse")
+    if device == "cuda":
+        # every T has kernels of its own to compile
+        few = [option for option in ON_A_GPU if option[:2] == ("bf16", False)]
+        options = {5: ON_A_GPU, 3: [*few, BEST_GUESS], 1: few, 2: few, 4: few}
+        return [(arch, t, 128, mask, options[t], 7) for t, arch, mask in product(options, ARCHS, masks)]
+    rows = [(arch, t, 16, mask, OPTIONS, 3) for arch, t, mask in product(ARCHS, range(1, 6), masks)]
+    return rows + [(arch, 5, 128, "dense", OPTIONS, 3) for arch in ARCHS]  # the paper's batch
+
+
+def all_network_rows(device: str, quick: bool) -> Iterator[tuple[list[dict], str]]:
+    """Rows of each part of the plan, none where there is no time or memory left, and the part's name."""
+    started, shape = time.perf_counter(), None
+    tests = EVALUATION_BATCH[device] if device == "cuda" else 20 if quick else 32
+    for arch, timesteps, batch_size, mask, options, repeats in plan(device, quick):
+        title, rows = f"{arch} T={timesteps} B={batch_size} {mask} mask", []
+        if shape != (arch, timesteps):  # the two masks share their kernels
+            torch._dynamo.reset()
+            shape = arch, timesteps
+        if device == "cpu" or time.perf_counter() - started < 60 * MINUTES:
+            print(title, file=sys.stderr, flush=True)
+            try:
+                rows = network_rows(device, arch, timesteps, batch_size, tests, mask, options, repeats)
+                if device == "cuda" and (timesteps, mask) == (5, "dense"):
+                    rows += [epoch_row(arch, device, option, rows[0]) for option in (DEFAULT, BEST_GUESS)]
+            except torch.OutOfMemoryError as error:
+                print(f"{title}: {str(error).splitlines()[0]}", file=sys.stderr)
+            gc.collect()
+        yield rows, title
 
 
 def interleaved(calls: dict, repeats: int, device: str) -> dict:
-    """Seconds of each call, ``repeats`` times after a first time that is not counted, all calls in turn."""
+    """Seconds of each call, ``repeats`` times, all calls in turn; what comes first is not counted: the first time and,
+    on a GPU, all until a CUDA graph is captured."""
     seconds = {key: [] for key in calls}
-    for repeat in range(repeats + 1):
+    uncounted = WARM_UP + 1 if device == "cuda" else 1
+    for repeat in range(uncounted + repeats):
         for key, call in calls.items():
             _wait(device)
             started = time.perf_counter()
             call()
             _wait(device)
-            if repeat:
+            if repeat >= uncounted:
                 seconds[key].append(time.perf_counter() - started)
     return seconds
 
@@ -130,16 +184,19 @@ def network_rows(device, arch, timesteps, batch_size, tests, mask, options, repe
     key = ("loop", "fp32", False)
     steps = {key: partial(authors_style.train_step, loop, optimizer, images, labels, timesteps)}
     passes = {key: partial(_in_eval_mode, loop, partial(authors_style.evaluate, loop, test, timesteps))}
-    for precision, compiled in options:
+    for precision, compiled, cuda_graph in options:
         model = build_model(arch, 3, CLASSES, width=WIDTH, compile=compiled).to(device)
         model.load_state_dict(dense.state_dict())
-        update = MaskedUpdate(make_optimizer(model, SETTINGS), model, ticket)
-        key = ("engine", precision, compiled)
-        steps[key] = partial(_train_step, model, update, images, labels, timesteps, precision)
-        run = torch.inference_mode()(partial(forward, model, test, timesteps, precision, len(test)))
-        passes[key] = partial(_in_eval_mode, model, run)
+        settings = SimpleNamespace(**vars(SETTINGS) | {"precision": precision, "cuda_graph": cuda_graph})
+        update = MaskedUpdate(make_optimizer(model, settings), model, ticket)
+        step = TrainingStep(model, update, timesteps, settings, batch_size)
+        key = ("engine, CUDA graph" if cuda_graph else "engine", precision, compiled)
+        steps[key] = partial(step, images, labels, batch_size)
+        if not cuda_graph:
+            run = torch.inference_mode()(partial(forward, model, test, timesteps, precision, len(test)))
+            passes[key] = partial(_in_eval_mode, model, run)
 
-    peaks = {precision: matrix_peak(device, precision) for precision in ("fp32", "bf16")}
+    peaks = {precision: matrix_peak(device, precision) for precision in PRECISIONS}
     work = flops_of(dense, images[:1], labels[:1], timesteps)
     weights = sum(p.numel() * p.element_size() for p in dense.parameters())
     rows = []
@@ -150,7 +207,7 @@ def network_rows(device, arch, timesteps, batch_size, tests, mask, options, repe
     ):
         for (variant, precision, compiled), seconds in interleaved(calls, repeats, device).items():
             each = statistics.median(seconds) / count
-            memory = resident + _transient_memory(calls[variant, precision, compiled], device)
+            memory = (resident + _transient_memory(calls[variant, precision, compiled], device)) / 2**20
             rows.append(
                 {
                     "what": what,
@@ -164,20 +221,49 @@ def network_rows(device, arch, timesteps, batch_size, tests, mask, options, repe
                     "n": repeats,
                     "seconds_per_image": each,
                     "peak_share": flops / each / peaks[precision],
-                    "peak_memory_mib": memory / 2**20,
+                    # a graph has its memory from the capture on; see the row of whole epochs
+                    "peak_memory_mib": None if variant == "engine, CUDA graph" else memory,
                 }
             )
     return _with_ratios(rows)
-
-
-def _train_step(model, update, images, labels, timesteps, precision) -> None:
-    update(loss_over_time(forward(model, images, timesteps, precision, len(images)), labels))
 
 
 def _in_eval_mode(model, call) -> None:
     model.eval()
     call()
     model.train()
+
+
+def epoch_row(arch: str, device: str, option: tuple[str, bool, bool], loop: dict, epochs: int = 3) -> dict:
+    """Row of whole epochs as a script trains them, data, augmentation and update included: the median of all but the
+    first; against the row of the authors' step, whose data wait ready on the device."""
+    precision, compiled, cuda_graph = option
+    torch.manual_seed(0)
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        flags = f"--dataset cifar10 --arch {arch} --width {WIDTH} --timestep {loop['timesteps']} --device {device} "
+        flags += f"--batch_size {loop['batch_size']} --precision {precision} --output_dir {folder}"
+        flags += " --compile" * compiled + " --cuda_graph" * cuda_graph
+        args = get_args("laterewindlth", None, flags.split())
+        images = torch.randint(256, (EPOCH, 3, 32, 32), dtype=torch.uint8)
+        split = Split(images, torch.arange(EPOCH) % CLASSES, DATASETS["cifar10"]).to(device)
+        data, run = Data(split, split, split, CLASSES), Run(args)
+        run.begin(data)
+        model = build_model(arch, 3, CLASSES, width=WIDTH, compile=compiled).to(device)
+        fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(epochs), args.timestep, run)
+        each = statistics.median([row["seconds"] for row in run.rows[1:]]) / EPOCH
+    work = flops_of(model, images[:1].to(device) / 255, split.labels[:1], args.timestep)["train_step"]
+    row = loop | {
+        "variant": "engine, epochs" + ", CUDA graph" * cuda_graph,
+        "precision": precision,
+        "compile": compiled,
+    }
+    row |= {"n": epochs - 1, "seconds_per_image": each, "ratio": loop["seconds_per_image"] / each}
+    memory = torch.cuda.max_memory_reserved() / 2**20 if device == "cuda" else None
+    return row | {"peak_share": work / each / matrix_peak(device, precision), "peak_memory_mib": memory}
 
 
 def flops_of(model, images, labels, timesteps) -> dict[str, int]:
@@ -267,7 +353,7 @@ def machine(device: str) -> dict:
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
     processor = processor if processor != "unknown processor" else platform.processor() or processor
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    peaks = {precision: matrix_peak(device, precision) / 1e9 for precision in ("fp32", "bf16")}
+    peaks = {precision: matrix_peak(device, precision) / 1e9 for precision in PRECISIONS}
     return {
         "name": gpu or f"{processor} {torch.get_num_threads()} threads",
         "kind": "GPU" if gpu else "CPU",
@@ -302,6 +388,11 @@ def summary(report: dict) -> str:
     for arch in dict.fromkeys(row["arch"] for row in rows):
         at = [row for row in rows if (row["what"], row["arch"], row["timesteps"]) == ("train_step", arch, 5)]
         lines += [_summary_line(row, rows) for row in at]
+    epochs = [row for row in rows if row["variant"].startswith("engine, epochs")]
+    if epochs:
+        lines += ["", f"An epoch of {EPOCH:,} augmented images, T = 5: " + "; ".join(
+            f"{row['arch']} {_variant(row)} {EPOCH * row['seconds_per_image']:.2f} s" for row in epochs
+        ) + "."]  # fmt: skip
     where = report["machine"]
     others = {row["what"]: row for row in report["rows"] if row["variant"] == "engine"}
     lines += [
@@ -325,12 +416,20 @@ def _summary_line(row: dict, rows: list[dict]) -> str:
         if other["what"] == "train_step"
     }
     short = steps.get((3, row["batch_size"]))
-    name = f"{row['precision']}, compiled" if row["compile"] else row["precision"]
-    name = "authors' style" if row["variant"] == "loop" else name
-    cells = [f"{row['arch']}, {row['batch_size']}", name, f"{row['ratio']:.2f}", f"{100 * row['peak_share']:.0f}"]
-    cells += [f"{row['peak_memory_mib']:.0f}", f"{short / row['seconds_per_image']:.2f}" if short else ""]
-    cells.append(str(row["n"]))
+    cells = [f"{row['arch']}, {row['batch_size']}", _variant(row), f"{row['ratio']:.2f}"]
+    cells += [
+        f"{100 * row['peak_share']:.0f}",
+        "" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}",
+    ]
+    cells += [f"{short / row['seconds_per_image']:.2f}" if short else "", str(row["n"])]
     return "| " + " | ".join(cells) + " |"
+
+
+def _variant(row: dict) -> str:
+    """Name of a row's variant: ``bf16, compiled, CUDA graph``."""
+    if row["variant"] == "loop":
+        return "authors' style"
+    return row["variant"].replace("engine", row["precision"] + ", compiled" * row["compile"], 1)
 
 
 def newest(folder: Path) -> list[dict]:

@@ -83,7 +83,7 @@ def test_a_report_of_a_small_plan(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "WIDTH", 0.125)
     monkeypatch.setattr(speed, "matrix_peak", lambda device, precision: 1e9)
     monkeypatch.setattr(speed, "other_rows", lambda device, repeats: _other_rows())
-    plan = [("vgg16", t, 1, mask, [("fp32", False)], 1) for t in (3, 5) for mask in ("dense", "sparse")]
+    plan = [("vgg16", t, 1, mask, [("fp32", False, False)], 1) for t in (3, 5) for mask in ("dense", "sparse")]
     monkeypatch.setattr(speed, "plan", lambda device, quick: plan)
     speed.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
     (report,) = speed.newest(tmp_path)
@@ -108,6 +108,46 @@ def _other_rows():
     return [
         row | {"what": w, "variant": v} for w in ("mask_update", "mask_distance", "data") for v in ("loop", "engine")
     ]
+
+
+def test_a_row_of_whole_epochs(monkeypatch):
+    monkeypatch.setattr(speed, "WIDTH", 0.0625)
+    monkeypatch.setattr(speed, "EPOCH", 40)
+    monkeypatch.setattr(speed, "matrix_peak", lambda device, precision: 1e9)
+    loop = dict.fromkeys(speed.ROW) | {"arch": "vgg16", "timesteps": 3, "batch_size": 16, "seconds_per_image": 1.0}
+    row = speed.epoch_row("vgg16", "cpu", ("bf16", False, False), loop)
+    assert list(row) == speed.ROW
+    assert (row["variant"], row["precision"], row["compile"], row["n"]) == ("engine, epochs", "bf16", False, 2)
+    assert 0 < row["seconds_per_image"] < 1
+    assert row["ratio"] == pytest.approx(1 / row["seconds_per_image"])
+    assert row["peak_share"] > 0
+
+
+def test_a_gpus_rows_end_in_time_and_with_memory_the_most_wanted_first(monkeypatch):
+    clock, measured = [0.0], []
+
+    def rows_of(device, arch, timesteps, batch_size, tests, mask, options, repeats):
+        clock[0] += 40
+        measured.append((arch, timesteps, mask))
+        if len(measured) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [{"what": "train_step"}]
+
+    monkeypatch.setattr(speed, "network_rows", rows_of)
+    monkeypatch.setattr(speed, "epoch_row", lambda *_: {"what": "epoch"})
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    found = list(speed.all_network_rows("cuda", quick=False))
+    assert len(found) == len(speed.plan("cuda", quick=False)) == 20
+    assert len(measured) == speed.MINUTES * 60 / 40
+    assert measured[:3] == [("vgg16", 5, "dense"), ("vgg16", 5, "sparse"), ("resnet19", 5, "dense")]
+    assert [len(rows) for rows, _ in found] == [3, 0, 3, *[1] * 6, *[0] * 11]
+
+
+def test_names_of_variants():
+    row = {"variant": "engine, epochs, CUDA graph", "precision": "bf16", "compile": True}
+    assert speed._variant(row) == "bf16, compiled, epochs, CUDA graph"
+    assert speed._variant(row | {"variant": "engine", "compile": False}) == "bf16"
+    assert speed._variant(row | {"variant": "loop"}) == "authors' style"
 
 
 def test_bad_device_is_one_line(capsys):
