@@ -15,6 +15,7 @@ import torch
 from models import build_model
 from utils.data import load_data
 from utils.early_time import divergences, early_time
+from utils.engine import place
 from utils.errors import one_line_errors
 from utils.flags import get_args
 from utils.masks import dense_mask, prune_by_magnitude, rewind, state_after_pruning
@@ -33,7 +34,7 @@ def main(argv=None):
     run.begin(data)
     torch.manual_seed(run.seed)
     model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm, args.compile)
-    model.to(args.device)
+    place(model, args)
     train = partial(fit, model, data, args, run=run)
 
     def probe():

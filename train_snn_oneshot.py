@@ -13,6 +13,7 @@ import torch
 
 from models import build_model
 from utils.data import balanced_part, load_data
+from utils.engine import place
 from utils.errors import one_line_errors
 from utils.flags import TICKETS, get_args
 from utils.masks import dense_mask, drop_lowest, magnitude_mask, random_scores, rewind, shuffle_layers, sparsity_after
@@ -31,7 +32,7 @@ def main(argv=None):
     data = load_data(args)
     torch.manual_seed(run.seed)
     build = partial(build_model, args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
-    model = build(args.compile).to(args.device)
+    model = place(build(args.compile), args)
     saved = None if args.ticket in TICKETS else load_fitting_ticket(args.ticket, model)
     run.begin(data)
     train = partial(fit, model, data, args, run=run)

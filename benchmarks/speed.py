@@ -6,9 +6,8 @@
 Variant ``loop`` is the authors' style (``authors_style.py``), ``engine`` is what ``fit`` and ``evaluate`` run. A figure
 is the median of n repeats; in each repeat all variants run one after the other: a busy machine slows all of them.
 
-On a GPU it ends within 8 minutes, needs no data, and times two more variants: ``engine, CUDA graph``, a step launched
-as a whole, and ``engine, epochs``, whole epochs of ``fit`` over 50,000 augmented images. What there was no time for is
-named at the end.
+On a GPU it ends within 8 minutes, needs no data, and times more variants: with channels last, with CUDA graphs, and
+``epochs``, whole ones of ``fit`` over 50,000 augmented images. What there was no time for is named at the end.
 """
 
 import argparse
@@ -26,6 +25,7 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -39,7 +39,7 @@ from benchmarks import authors_style  # noqa: E402
 from benchmarks.loop import loop_of  # noqa: E402
 from models import build_model  # noqa: E402
 from utils.data import DATASETS, Data, Split  # noqa: E402
-from utils.engine import WARM_UP, set_up  # noqa: E402
+from utils.engine import WARM_UP, place, set_up  # noqa: E402
 from utils.errors import InputError, one_line_errors  # noqa: E402
 from utils.files import read_json, write_json, write_text  # noqa: E402
 from utils.flags import get_args  # noqa: E402
@@ -57,9 +57,6 @@ from utils.training import (  # noqa: E402
 
 ARCHS = ("vgg16", "resnet19")
 PRECISIONS = ("fp32", "bf16")
-OPTIONS = tuple(product(PRECISIONS, (False, True), (False,)))  # precision, compile, CUDA graph
-ON_A_GPU = (*OPTIONS, ("bf16", False, True), ("bf16", True, True))
-DEFAULT, BEST_GUESS = ("bf16", False, False), ("bf16", True, True)
 EPOCH = 50_000  # images
 MINUTES = 6  # on a GPU, no part of the plan is begun later
 SPARSE = 11  # prunings of 25 %: 95.69 % of all parameters of VGG16, 95.78 % of its prunable weights
@@ -67,11 +64,30 @@ CLASSES, WIDTH = 10, 1.0
 TIES = 10  # weights of the same size as the threshold: the authors' style keeps them all, the engine the last ones
 SETTINGS = SimpleNamespace(
     optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=5e-4, batch_size=128, precision="fp32",
-    cuda_graph=False,
+    channels_last=False, cuda_graph=False,
 )  # fmt: skip
 ROW = (
     "what arch timesteps batch_size mask variant precision compile n seconds_per_image ratio peak_share peak_memory_mib"
 ).split()
+
+
+class Option(NamedTuple):
+    """How the engine runs a step."""
+
+    precision: str
+    compile: bool = False
+    channels_last: bool = False
+    cuda_graph: bool = False
+
+    @property
+    def variant(self) -> str:
+        return "engine" + ", channels last" * self.channels_last + ", CUDA graph" * self.cuda_graph
+
+
+ON_A_CPU = tuple(Option(*option) for option in product(PRECISIONS, (False, True)))
+# fp32 without the rest: bf16 is the default there, and a card of 11 GB has no room for more graphs
+ON_A_GPU = (*ON_A_CPU[:2], *(Option("bf16", *option) for option in product((False, True), repeat=3)))
+DEFAULT, BEST_GUESS = Option("bf16"), Option("bf16", True, True, True)
 
 
 @one_line_errors
@@ -107,20 +123,20 @@ def main(argv=None):
 def plan(device: str, quick: bool) -> list[tuple]:
     """What is measured, the most wanted first: (arch, timesteps, batch size, mask, options, repeats)."""
     if quick:
-        few = [("fp32", False, False), ("bf16", False, False)]
+        few = [Option("fp32"), Option("bf16")]
         return [
             ("vgg16", 3, 8, "dense", few, 3),
-            ("vgg16", 5, 8, "dense", [*few, ("fp32", True, False)], 3),
+            ("vgg16", 5, 8, "dense", [*few, Option("fp32", compile=True)], 3),
             ("resnet19", 5, 8, "dense", few, 3),
         ]
     masks = ("dense", "sparse")
     if device == "cuda":
         # every T has kernels of its own to compile
-        few = [option for option in ON_A_GPU if option[:2] == ("bf16", False)]
+        few = [option for option in ON_A_GPU if not option.compile]
         options = {5: ON_A_GPU, 3: [*few, BEST_GUESS], 1: few, 2: few, 4: few}
         return [(arch, t, 128, mask, options[t], 7) for t, arch, mask in product(options, ARCHS, masks)]
-    rows = [(arch, t, 16, mask, OPTIONS, 3) for arch, t, mask in product(ARCHS, range(1, 6), masks)]
-    return rows + [(arch, 5, 128, "dense", OPTIONS, 3) for arch in ARCHS]  # the paper's batch
+    rows = [(arch, t, 16, mask, ON_A_CPU, 3) for arch, t, mask in product(ARCHS, range(1, 6), masks)]
+    return rows + [(arch, 5, 128, "dense", ON_A_CPU, 3) for arch in ARCHS]  # the paper's batch
 
 
 def all_network_rows(device: str, quick: bool) -> Iterator[tuple[list[dict], str]]:
@@ -184,16 +200,16 @@ def network_rows(device, arch, timesteps, batch_size, tests, mask, options, repe
     key = ("loop", "fp32", False)
     steps = {key: partial(authors_style.train_step, loop, optimizer, images, labels, timesteps)}
     passes = {key: partial(_in_eval_mode, loop, partial(authors_style.evaluate, loop, test, timesteps))}
-    for precision, compiled, cuda_graph in options:
-        model = build_model(arch, 3, CLASSES, width=WIDTH, compile=compiled).to(device)
+    for option in options:
+        settings = SimpleNamespace(**vars(SETTINGS) | option._asdict() | {"device": device})
+        model = place(build_model(arch, 3, CLASSES, width=WIDTH, compile=option.compile), settings)
         model.load_state_dict(dense.state_dict())
-        settings = SimpleNamespace(**vars(SETTINGS) | {"precision": precision, "cuda_graph": cuda_graph})
         update = MaskedUpdate(make_optimizer(model, settings), model, ticket)
         step = TrainingStep(model, update, timesteps, settings, batch_size)
-        key = ("engine, CUDA graph" if cuda_graph else "engine", precision, compiled)
+        key = option.variant, option.precision, option.compile
         steps[key] = partial(step, images, labels, batch_size)
-        if not cuda_graph:
-            run = torch.inference_mode()(partial(forward, model, test, timesteps, precision, len(test)))
+        if not option.cuda_graph:
+            run = torch.inference_mode()(partial(forward, model, test, timesteps, option.precision, len(test)))
             passes[key] = partial(_in_eval_mode, model, run)
 
     peaks = {precision: matrix_peak(device, precision) for precision in PRECISIONS}
@@ -222,7 +238,7 @@ def network_rows(device, arch, timesteps, batch_size, tests, mask, options, repe
                     "seconds_per_image": each,
                     "peak_share": flops / each / peaks[precision],
                     # a graph has its memory from the capture on; see the row of whole epochs
-                    "peak_memory_mib": None if variant == "engine, CUDA graph" else memory,
+                    "peak_memory_mib": None if "CUDA graph" in variant else memory,
                 }
             )
     return _with_ratios(rows)
@@ -234,10 +250,9 @@ def _in_eval_mode(model, call) -> None:
     model.train()
 
 
-def epoch_row(arch: str, device: str, option: tuple[str, bool, bool], loop: dict, epochs: int = 3) -> dict:
+def epoch_row(arch: str, device: str, option: Option, loop: dict, epochs: int = 3) -> dict:
     """Row of whole epochs as a script trains them, data, augmentation and update included: the median of all but the
     first; against the row of the authors' step, whose data wait ready on the device."""
-    precision, compiled, cuda_graph = option
     torch.manual_seed(0)
     gc.collect()
     if device == "cuda":
@@ -245,25 +260,23 @@ def epoch_row(arch: str, device: str, option: tuple[str, bool, bool], loop: dict
         torch.cuda.reset_peak_memory_stats()
     with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         flags = f"--dataset cifar10 --arch {arch} --width {WIDTH} --timestep {loop['timesteps']} --device {device} "
-        flags += f"--batch_size {loop['batch_size']} --precision {precision} --output_dir {folder}"
-        flags += " --compile" * compiled + " --cuda_graph" * cuda_graph
+        flags += f"--batch_size {loop['batch_size']} --precision {option.precision} --output_dir {folder}"
+        flags += "".join(f" --{name}" for name, value in option._asdict().items() if value is True)
         args = get_args("laterewindlth", None, flags.split())
         images = torch.randint(256, (EPOCH, 3, 32, 32), dtype=torch.uint8)
         split = Split(images, torch.arange(EPOCH) % CLASSES, DATASETS["cifar10"]).to(device)
         data, run = Data(split, split, split, CLASSES), Run(args)
         run.begin(data)
-        model = build_model(arch, 3, CLASSES, width=WIDTH, compile=compiled).to(device)
+        model = place(build_model(arch, 3, CLASSES, width=WIDTH, compile=option.compile), args)
         fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(epochs), args.timestep, run)
         each = statistics.median([row["seconds"] for row in run.rows[1:]]) / EPOCH
-    work = flops_of(model, images[:1].to(device) / 255, split.labels[:1], args.timestep)["train_step"]
-    row = loop | {
-        "variant": "engine, epochs" + ", CUDA graph" * cuda_graph,
-        "precision": precision,
-        "compile": compiled,
-    }
+    with torch.device("meta"):
+        image, label = torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long)
+        work = flops_of(build_model(arch, 3, CLASSES, width=WIDTH), image, label, args.timestep)["train_step"]
+    row = loop | {"variant": f"{option.variant}, epochs", "precision": option.precision, "compile": option.compile}
     row |= {"n": epochs - 1, "seconds_per_image": each, "ratio": loop["seconds_per_image"] / each}
     memory = torch.cuda.max_memory_reserved() / 2**20 if device == "cuda" else None
-    return row | {"peak_share": work / each / matrix_peak(device, precision), "peak_memory_mib": memory}
+    return row | {"peak_share": work / each / matrix_peak(device, option.precision), "peak_memory_mib": memory}
 
 
 def flops_of(model, images, labels, timesteps) -> dict[str, int]:
@@ -388,7 +401,7 @@ def summary(report: dict) -> str:
     for arch in dict.fromkeys(row["arch"] for row in rows):
         at = [row for row in rows if (row["what"], row["arch"], row["timesteps"]) == ("train_step", arch, 5)]
         lines += [_summary_line(row, rows) for row in at]
-    epochs = [row for row in rows if row["variant"].startswith("engine, epochs")]
+    epochs = [row for row in rows if row["variant"].endswith("epochs")]
     if epochs:
         lines += ["", f"An epoch of {EPOCH:,} augmented images, T = 5: " + "; ".join(
             f"{row['arch']} {_variant(row)} {EPOCH * row['seconds_per_image']:.2f} s" for row in epochs

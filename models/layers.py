@@ -38,7 +38,8 @@ class BatchNorm(nn.BatchNorm2d):
         if self.training and self.synchronised:
             return self._synchronised(x)
         if self.training and self.statistics == "per_timestep":
-            return torch.stack([super(BatchNorm, self).forward(x_t) for x_t in x])
+            # unlike a stack, this keeps the layout of images
+            return torch.cat([super(BatchNorm, self).forward(x_t) for x_t in x]).unflatten(0, x.shape[:2])
         return functional.seq_to_ann_forward(x, super().forward)
 
     @torch.compiler.disable  # a graph ends at a collective

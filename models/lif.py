@@ -22,11 +22,7 @@ class LIF(nn.Module):
         self.surrogate = surrogate.ATan(alpha=2.0)
 
     def forward(self, current: Tensor) -> Tensor:
-        membrane = torch.zeros(
-            current.shape[1:],  # [B, ...]
-            dtype=torch.promote_types(current.dtype, torch.float32),
-            device=current.device,
-        )
+        membrane = torch.zeros_like(current[0], dtype=torch.promote_types(current.dtype, torch.float32))  # [B, ...]
         spikes, _, _ = functional.lif_multi_step(
             current,
             membrane,

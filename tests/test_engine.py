@@ -12,16 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, lively
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from models import build_model
+from models.layers import BatchNorm
 from utils import engine, training
 from utils.data import load_data
-from utils.engine import WARM_UP, Graphed
+from utils.engine import WARM_UP, Graphed, place
 from utils.masks import magnitude_mask, prunable, rewind
 from utils.runs import Run
-from utils.training import fit, make_optimizer
+from utils.training import MaskedUpdate, fit, make_optimizer
 
 FAULTS = """
 import resource, torch
@@ -207,3 +209,27 @@ def test_a_graph_and_its_memory_go_with_the_training_that_made_it(card, train, m
         assert [graphed() for graphed in made] == [None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("arch", ["vgg16", "resnet19"])
+def test_channels_last_is_the_same_network(arch, tiny_args):
+    torch.manual_seed(0)
+    images, labels = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.randint(10, (6,))
+    plain = lively(build_model(arch, 3, 10, width=0.125).double(), images).train()
+    laid_out = place(copy.deepcopy(plain), tiny_args("laterewindlth", "--channels_last"))
+    mask = magnitude_mask(plain, 0.5)
+    updates = [MaskedUpdate(torch.optim.SGD(m.parameters(), 0.01, 0.9, fused=True), m, mask) for m in (plain, laid_out)]
+    for _ in range(2):
+        for update, model in zip(updates, (plain, laid_out), strict=True):
+            update(F.cross_entropy(model(images, 3).flatten(0, 1), labels.repeat(3)))
+    for (name, own), expected in zip(laid_out.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-10, msg=name)
+    kernels = [weight for weight in prunable(laid_out).values() if weight.dim() == 4 and weight.shape[2] > 1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+
+
+def test_activations_follow_the_layout_through_batch_norm():
+    images = torch.randn(2, 3, 4, 5, 6).movedim(-1, 2)  # [T,B,C,H,W] with C innermost
+    out = BatchNorm(6).train()(images)
+    assert out[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, BatchNorm(6).train()(images.contiguous()))

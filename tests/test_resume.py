@@ -106,6 +106,7 @@ def test_killed_at_any_file_and_resumed(tmp_path, tiny, monkeypatch, method, ren
     ("method", "options"),
     [
         ("earlyT_laterewindlth", "--precision bf16"),
+        ("earlyT_earlybird", "--channels_last"),
         ("earlyT_laterewindlth", "--batch_norm over_time --optimizer adam"),
         ("earlyT_laterewindlth", "--neuron relu"),
         ("earlyT_laterewindlth", "--rewind lr --divergence js"),

@@ -362,14 +362,17 @@ def test_cuda_without_a_gpu(tiny, capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [[], ["--compile"], ["--cuda_graph"], ["--compile", "--cuda_graph"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--compile"], ["--cuda_graph"], ["--compile", "--channels_last", "--cuda_graph"]]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_script_on_a_gpu(run, method, options):
-    done = run(method, "--device", "cuda", *options)
+    options = ["--device", "cuda", *options.split()]
+    done = run(method, *options)
     assert done.args["precision"] == "bf16"
     assert done.results[-1]["level"] == 2
     (done.folder / "results.json").unlink()
-    assert run(method, "--device", "cuda", *options).results == done.results
+    assert run(method, *options).results == done.results
 
 
 def test_folder_that_cannot_be_written(tmp_path, tiny, capsys):
@@ -408,5 +411,5 @@ def test_defaults_are_the_papers(method):
 def test_help_gives_every_default():
     alone = {"--help", "--restart", "--no_compile", "--no_sync_batch_norm"}
     actions = [action for action in make_parser("oneshot")._actions if not alone & set(action.option_strings)]
-    assert len(actions) == 46
+    assert len(actions) == 47
     assert all("(default: " in action.help for action in actions)

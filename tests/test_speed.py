@@ -83,7 +83,7 @@ def test_a_report_of_a_small_plan(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "WIDTH", 0.125)
     monkeypatch.setattr(speed, "matrix_peak", lambda device, precision: 1e9)
     monkeypatch.setattr(speed, "other_rows", lambda device, repeats: _other_rows())
-    plan = [("vgg16", t, 1, mask, [("fp32", False, False)], 1) for t in (3, 5) for mask in ("dense", "sparse")]
+    plan = [("vgg16", t, 1, mask, [speed.Option("fp32")], 1) for t in (3, 5) for mask in ("dense", "sparse")]
     monkeypatch.setattr(speed, "plan", lambda device, quick: plan)
     speed.main(["--quick", "--device", "cpu", "--out", str(tmp_path)])
     (report,) = speed.newest(tmp_path)
@@ -115,9 +115,14 @@ def test_a_row_of_whole_epochs(monkeypatch):
     monkeypatch.setattr(speed, "EPOCH", 40)
     monkeypatch.setattr(speed, "matrix_peak", lambda device, precision: 1e9)
     loop = dict.fromkeys(speed.ROW) | {"arch": "vgg16", "timesteps": 3, "batch_size": 16, "seconds_per_image": 1.0}
-    row = speed.epoch_row("vgg16", "cpu", ("bf16", False, False), loop)
+    row = speed.epoch_row("vgg16", "cpu", speed.Option("bf16", channels_last=True), loop)
     assert list(row) == speed.ROW
-    assert (row["variant"], row["precision"], row["compile"], row["n"]) == ("engine, epochs", "bf16", False, 2)
+    assert (row["variant"], row["precision"], row["compile"], row["n"]) == (
+        "engine, channels last, epochs",
+        "bf16",
+        False,
+        2,
+    )
     assert 0 < row["seconds_per_image"] < 1
     assert row["ratio"] == pytest.approx(1 / row["seconds_per_image"])
     assert row["peak_share"] > 0
@@ -144,8 +149,8 @@ def test_a_gpus_rows_end_in_time_and_with_memory_the_most_wanted_first(monkeypat
 
 
 def test_names_of_variants():
-    row = {"variant": "engine, epochs, CUDA graph", "precision": "bf16", "compile": True}
-    assert speed._variant(row) == "bf16, compiled, epochs, CUDA graph"
+    row = {"variant": speed.Option("bf16", cuda_graph=True).variant, "precision": "bf16", "compile": True}
+    assert speed._variant(row) == "bf16, compiled, CUDA graph"
     assert speed._variant(row | {"variant": "engine", "compile": False}) == "bf16"
     assert speed._variant(row | {"variant": "loop"}) == "authors' style"
 

@@ -1,4 +1,4 @@
-"""What makes training fast beside the network: memory that is kept, and a step as one CUDA graph."""
+"""What makes training fast beside the network: memory that is kept, layouts, and a step as one CUDA graph."""
 
 import ctypes
 import os
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WARM_UP = 3  # calls before the capture
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -29,6 +29,13 @@ def set_up(device: torch.device) -> None:
         if hasattr(libc, "mallopt"):  # glibc's
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+
+
+def place(model: nn.Module, args) -> nn.Module:
+    """Move a network to ``args.device``; with ``args.channels_last``, the kernels of its convolutions have the channels
+    innermost in memory, and its activations will follow."""
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    return model.to(args.device, memory_format=layout)
 
 
 class Graphed:

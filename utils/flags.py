@@ -373,6 +373,14 @@ def make_parser(method: str, description: str | None = None) -> argparse.Argumen
     run.add_argument("--no_compile", dest="compile", action="store_false", default=False, help="do not (default)")
     add(
         run,
+        "--channels_last",
+        action="store_true",
+        default=False,
+        shown="off",
+        help="train with channels innermost in memory",
+    )
+    add(
+        run,
         "--cuda_graph",
         action="store_true",
         default=False,

@@ -23,7 +23,8 @@ NAMES = {
 }  # fmt: skip
 CONTROLS = ("-shuffle", "-reinit")  # ends of a method's name
 SIZE = ("dataset", "arch", "width", "train_samples", "test_samples", "end_iter")  # runs of one size share a table
-PLACE = ("round", "output_dir", "exp_name", "data_dir", "device", "cuda_graph", "tensorboard", "restart")
+PLACE = ("round", "output_dir", "exp_name", "data_dir", "device", "channels_last", "cuda_graph", "tensorboard",
+         "restart")  # fmt: skip
 CIRCUMSTANCES = ("effective_seed", "versions", "device_name", "ranks", "threads", "git_commit")
 HOW_SPARSE = ("sparsity_round", "prune_iterations", "evaluate_levels")
 TICKET = ("ticket", "ticket_checksum", "ticket_level", "ticket_epoch", "control")  # the label names them in its own way

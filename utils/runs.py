@@ -43,8 +43,8 @@ REMOVE = "remove it, previous.safetensors and results.json to train this stage a
 RESTORED = "it is restored from the checkpoints"
 _ABSENT = object()
 
-# where things are, what they hold has a checksum; how a step is launched; and what is only shown
-MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket", "cuda_graph", "tensorboard")
+# where things are, what they hold has a checksum; how a step is laid out and launched; and what is only shown
+MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket", "channels_last", "cuda_graph", "tensorboard")
 
 
 @dataclass
@@ -637,8 +637,11 @@ def _load_state(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.o
     model.load_state_dict(part(tensors, "model."))
     if optimizer is not None:
         states: dict[int, dict[str, Tensor]] = {}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for name, tensor in part(tensors, "optimizer.").items():
             index, key = name.split(".")
+            if tensor.shape == parameters[int(index)].shape:  # fused steps need it in the parameter's layout
+                tensor = torch.empty_like(parameters[int(index)], device="cpu").copy_(tensor)
             states.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -666,7 +669,7 @@ def _load_checkpoint(
                 {name: m.to(device) for name, m in part(tensors, f"recent.{position}.").items()}
                 for position in range(metadata["masks"])
             )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not fit this run ({str(error).splitlines()[0]}): {REMOVE}") from error
 
 

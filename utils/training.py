@@ -187,7 +187,7 @@ class MaskedUpdate:
         pruned = [name for name in mask if not mask[name].all()]
         self.optimizer = optimizer
         self.weights = [weights[name].detach() for name in pruned]  # shares the parameter's memory
-        self.keep = [mask[name].float() for name in pruned]
+        self.keep = [torch.empty_like(weights[name]).copy_(mask[name]) for name in pruned]
         self.learning_rate: float | None = None
 
     def set_learning_rate(self, rate: float) -> None:
