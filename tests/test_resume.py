@@ -1,6 +1,7 @@
 """A run that is killed anywhere and started again ends as one that was never stopped, bit for bit."""
 
 import copy
+import fcntl
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -827,6 +829,37 @@ def test_second_ctrl_c_interrupts_the_step_and_saves_nothing_of_it(tmp_path, tin
             main(tiny)
     assert reached
     assert not list(folder.rglob("*.safetensors"))
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
+def test_closed_terminal_loses_no_step(tmp_path, tiny):
+    """A script in a terminal that is closed amid an epoch; its progress bar can print no more."""
+    flags = [*tiny, "--train_samples", "400", "--batch_size", "4", "--end_iter", "2", "--sparsity_round", "1"]
+    folder = folder_of(tmp_path, "oneshot")
+    terminal, inside = os.openpty()
+    termios.tcsetwinsize(inside, (24, 120))
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, ROOT / "train_snn_oneshot.py", *flags]
+    process = subprocess.Popen(
+        command, stdin=inside, stdout=inside, stderr=inside, preexec_fn=take_terminal,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(inside)
+    said = b""
+    while not re.search(rb"epoch 2/2.*\b[1-9]\d\d/400", said):
+        said += os.read(terminal, 1024)
+    os.close(terminal)
+    assert process.wait() == 128 + signal.SIGHUP
+    _, metadata = read_tensors(folder / "checkpoints" / "interrupted.safetensors", "")
+    assert metadata["epoch"] == 1
+    assert metadata["step"] >= 100 / 4
+    script("oneshot")(flags)
+    script("oneshot")([*flags, "--exp_name", "never-stopped"])
+    assert_same(contents(folder), contents(tmp_path / "runs" / "never-stopped" / "synthetic-vgg16-round1"))
 
 
 def test_signals_that_are_ignored_stay_ignored_and_handlers_come_back():
