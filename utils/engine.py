@@ -1,34 +1,22 @@
-"""What makes training fast beside the network: memory that is kept, layouts, and a step as one CUDA graph."""
+"""What makes training fast beside the network: memory, layouts, and a step as one CUDA graph."""
 
-import ctypes
+import gc
 import os
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 WARM_UP = 3  # calls before the capture
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-NEVER = -1
 
 
-def set_up(device: torch.device) -> None:
-    """Set this process up for training on a device; a second call changes nothing.
+def use_huge_pages() -> None:
+    """Have torch ask Linux for large pages where it allocates a tensor on the CPU; to be called before the first one.
 
-    On a CPU glibc gives the memory of every tensor of 32 MiB or more back to the system, and the next step waits for
-    the same pages to be mapped and cleared again: at batch 128 that is half the step. Here memory that was used is kept
-    until the process ends. Where the environment holds settings of malloc's, they stay.
-
-    On a GPU cuDNN tries its algorithms on the first step and keeps the fastest.
+    A tensor of many MiB gets fresh memory every time, which is mapped and cleared page by page; at 4 KiB a page that
+    takes much of a training step of batch 128. ``THP_MEM_ALLOC_ENABLE=0`` in the environment leaves it so.
     """
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-    elif sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc's
-            libc.mallopt(M_MMAP_MAX, 0)
-            libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def place(model: nn.Module, args) -> nn.Module:
@@ -64,11 +52,22 @@ class Graphed:
             torch.cuda.current_stream().wait_stream(self.stream)
             return results
         if self.calls == WARM_UP + 1:
-            self.arguments = [argument.clone() for argument in arguments]
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.results = self.function(*self.arguments)
+            self._capture(arguments)
         for captured, argument in zip(self.arguments, arguments, strict=True):
             captured.copy_(argument)
         self.graph.replay()
         return self.results
+
+    def _capture(self, arguments: tuple[Tensor, ...]) -> None:
+        self.arguments = [argument.clone() for argument in arguments]
+        self.graph = torch.cuda.CUDAGraph()
+        # a kernel or another graph that is freed within a capture ends it
+        gc.collect()
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.results = self.function(*self.arguments)
+        finally:
+            if enabled:
+                gc.enable()

@@ -59,7 +59,10 @@ def one_line_errors(main):
 
 def _what_to_do(error: RuntimeError) -> str | None:
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return "error: out of memory: try a smaller --batch_size, --width or --timestep (and another --exp_name)"
+        return (
+            "error: out of memory: try a smaller --batch_size, --width or --timestep (and another --exp_name), "
+            "or leave out --cuda_graph"
+        )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).split("\n")[0]
         return f"error: torch.compile does not work here ({reason}): leave out --compile (and use another --exp_name)"

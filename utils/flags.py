@@ -12,6 +12,7 @@ from models import ARCHITECTURES, BATCH_NORMS, NEURONS
 from . import distributed
 from .data import DATASETS
 from .early_time import DIVERGENCES
+from .engine import use_huge_pages
 from .files import checksum
 from .masks import DISTANCES, REWINDS, SCOPES
 from .tickets import WRONG_TICKET, load_ticket
@@ -412,6 +413,7 @@ def get_args(method: str, description: str | None = None, argv: list[str] | None
 
     Ends the program with one line and exit code 2 where a flag is wrong.
     """
+    use_huge_pages()  # before a ticket is looked at
     parser = make_parser(method, description)
     args = parser.parse_args(argv)
     args.method = method
@@ -527,6 +529,8 @@ def _device(parser, name: str) -> str:
                 f"{torch.cuda.device_count()} GPU: start fewer, or use cpu"
             )
         distributed.take_card()
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return str(device) if device.type == "cuda" else "cpu"
 
 

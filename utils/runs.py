@@ -235,9 +235,9 @@ class Run:
             if distributed.rank() == 0:
                 # copies, for the training goes on
                 copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-                thread = ThreadPoolExecutor(1)
-                self.writing = thread.submit(write, copies, copy.deepcopy(metadata))
-                thread.shutdown(wait=False)
+                executor = ThreadPoolExecutor(1)
+                self.writing = executor.submit(write, copies, copy.deepcopy(metadata))
+                executor.shutdown(wait=False)
             if distributed.ranks() > 1:
                 self.wait_for_checkpoint()
                 distributed.barrier()
@@ -248,9 +248,8 @@ class Run:
         Raises:
             OSError: it could not be written.
         """
-        writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
+        if self.writing is not None:
+            self.writing.result()
 
     def save_epoch(
         self, phase: str, level: int, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress

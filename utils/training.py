@@ -16,7 +16,7 @@ from models.layers import synchronise_batch_norms
 
 from . import distributed
 from .data import Data, Split
-from .engine import Graphed, set_up
+from .engine import Graphed
 from .errors import DivergedError
 from .files import checksum
 from .masks import Mask, prunable
@@ -113,6 +113,7 @@ def fit(
 
     Raises:
         DivergedError: the loss or the weights are not finite; the checkpoint of the epoch before stays.
+        OSError: a checkpoint could not be written.
         RanksDifferError: the ranks have not come to the same weights or mask.
         Stopped: a signal came; the epoch is saved as far as it is done.
     """
@@ -125,7 +126,7 @@ def fit(
         )
     if distributed.ranks() > 1 and args.sync_batch_norm:
         synchronise_batch_norms(model)
-    set_up(next(model.parameters()).device)
+    torch.backends.cudnn.benchmark = True  # on CUDA: the fastest algorithm for each shape, tried at the first
     network, images = distributed.parallel(model), len(data.train)
     update, step = MaskedUpdate(optimizer, model, mask), None
     for epoch in range(first, epochs.stop):
@@ -166,11 +167,13 @@ def fit(
                     done = f"{progress.step} of {len(progress.losses)}"
                     print(f"{title}: stopped and saved after step {done}", file=sys.stderr)
             raise
+        except DivergedError:
+            run.wait_for_checkpoint()
+            raise
         if checkpoint is not None:
             # the last epoch of the schedule leaves nothing to go on with
             run.save_checkpoint(checkpoint, epoch + 1, model, None if last else optimizer)
-    if checkpoint is not None:
-        run.wait_for_checkpoint()
+    run.wait_for_checkpoint()
 
 
 class MaskedUpdate:
@@ -219,22 +222,22 @@ class TrainingStep:
 
     def __init__(self, network: nn.Module, update: MaskedUpdate, timesteps: int, args, images: int):
         self.network, self.update = network, update
-        whole = min(args.batch_size, images)  # a full batch, and this rank's part of it
-        part = distributed.part_of(whole)
-        self.full = part.stop - part.start
-        self.plain = partial(_train_on, network, update, timesteps, args.precision, self.full)
-        self.graphed = Graphed(partial(self.plain, whole)) if args.cuda_graph else None
+        global_batch = min(args.batch_size, images)
+        part = distributed.part_of(global_batch)
+        self.local_batch = part.stop - part.start
+        self.plain = partial(_train_on, network, update, timesteps, args.precision, self.local_batch)
+        self.graphed = Graphed(partial(self.plain, global_batch)) if args.cuda_graph else None
 
     def __call__(self, inputs: Tensor, labels: Tensor, whole: int) -> tuple[Tensor, Tensor]:
         """Mean loss and number of correct predictions of this rank's images [B,C,H,W] and labels [B] in a batch of
         ``whole`` images; not yet known to the host."""
-        if self.graphed is not None and len(labels) == self.full:
+        if self.graphed is not None and len(labels) == self.local_batch:
             return self.graphed(inputs, labels)
         return self.plain(whole, inputs, labels)
 
 
-def _train_on(network, update, timesteps, precision, full, whole, inputs, labels) -> tuple[Tensor, Tensor]:
-    logits = forward(network, inputs, timesteps, precision, full)
+def _train_on(network, update, timesteps, precision, local_batch, whole, inputs, labels) -> tuple[Tensor, Tensor]:
+    logits = forward(network, inputs, timesteps, precision, local_batch)
     loss = loss_over_time(logits, labels)
     update(distributed.weighted(loss, len(labels), whole))
     return loss.detach(), (logits.detach().mean(0).argmax(-1) == labels).sum()
