@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py            # some 20 minutes on 2 cores, into benchmarks/results/
     python benchmarks/speed.py --quick    # under 3 minutes on 2 cores, into runs/speed/
+    python benchmarks/speed.py --only "vgg16 T=5 B=128"
 
 Variant ``loop`` is the authors' style (``authors_style.py``), ``engine`` is what ``fit`` and ``evaluate`` run. A figure
 is the median of n repeats; in each repeat all variants run one after the other: a busy machine slows all of them. The
@@ -95,13 +96,20 @@ DEFAULT, BEST_GUESS = Option("bf16"), Option("bf16", True, True, True)
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="T = 5 and 3, small batches, one compiled variant")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="only parts with this in their name: vgg16 T=5 B=128"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--out", metavar="DIR", help="folder for the two files (default: see above)")
     args = parser.parse_args(argv)
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise InputError(f"--device {args.device}: choose from cpu, cuda (a GPU must be there)")
     started = time.perf_counter()
-    folder = Path(args.out or (ROOT / "runs" / "speed" if args.quick else ROOT / "benchmarks" / "results"))
+    titles = [_title(*part) for part in plan(args.device, args.quick)]
+    if not any(args.only in title for title in titles):
+        raise InputError(f"--only {args.only}: choose from, or a part of: {', '.join(titles)}")
+    in_part = args.quick or args.only
+    folder = Path(args.out or (ROOT / "runs" / "speed" if in_part else ROOT / "benchmarks" / "results"))
 
     use_huge_pages()
     torch.backends.cudnn.benchmark = True
@@ -110,7 +118,7 @@ def main(argv=None):
     half = path.with_suffix(".partial.json")
     report["rows"] += other_rows(args.device, repeats=3 if args.quick else 7)
     left_out = []
-    for rows, title in all_network_rows(args.device, args.quick, started):
+    for rows, title in all_network_rows(args.device, args.quick, args.only, started):
         report["rows"] += rows
         left_out += [] if rows else [title]
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,12 +150,15 @@ def plan(device: str, quick: bool) -> list[tuple]:
     return rows + [(arch, 5, 128, "dense", ON_A_CPU, 3) for arch in ARCHS]  # the paper's batch
 
 
-def all_network_rows(device: str, quick: bool, started: float) -> Iterator[tuple[list[dict], str]]:
-    """Rows of each part of the plan, none where there is no time or memory left, and the part's name."""
+def all_network_rows(device: str, quick: bool, only: str, started: float) -> Iterator[tuple[list[dict], str]]:
+    """Rows of each part of the plan that was asked for, none where there is no time or memory left, and its name."""
     shape = None
     tests = EVALUATION_BATCH[device] if device == "cuda" else 20 if quick else 32
-    for arch, timesteps, batch_size, mask, options, repeats in plan(device, quick):
-        title, rows = f"{arch} T={timesteps} B={batch_size} {mask} mask", []
+    for part in plan(device, quick):
+        arch, timesteps, batch_size, mask, options, repeats = part
+        title, rows = _title(*part), []
+        if only not in title:
+            continue
         if shape != (arch, timesteps):  # the two masks share their kernels
             torch._dynamo.reset()
             shape = arch, timesteps
@@ -164,6 +175,10 @@ def all_network_rows(device: str, quick: bool, started: float) -> Iterator[tuple
         if rows and device == "cuda" and (timesteps, mask) == (5, "dense"):
             for option in (DEFAULT, BEST_GUESS):
                 yield [epoch_row(arch, device, option, rows[0])], title
+
+
+def _title(arch, timesteps, batch_size, mask, *_) -> str:
+    return f"{arch} T={timesteps} B={batch_size} {mask} mask"
 
 
 def interleaved(calls: dict, repeats: int, device: str, uncounted: int = 1) -> dict:

@@ -142,7 +142,7 @@ def test_a_gpus_rows_end_in_time_and_with_memory_the_most_wanted_first(monkeypat
     monkeypatch.setattr(speed, "network_rows", rows_of)
     monkeypatch.setattr(speed, "epoch_row", lambda *_: {"what": "epoch"})
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-    found = list(speed.all_network_rows("cuda", quick=False, started=0.0))
+    found = list(speed.all_network_rows("cuda", quick=False, only="", started=0.0))
     assert len(measured) == speed.MINUTES * 60 / 40
     # the second had no memory for its graphs, the rest no time
     assert measured[:4] == [("vgg16", 5, "dense"), *[("vgg16", 5, "sparse")] * 2, ("resnet19", 5, "dense")]
@@ -157,11 +157,22 @@ def test_names_of_variants():
     assert speed._variant(row | {"variant": "loop"}) == "authors' style"
 
 
-def test_bad_device_is_one_line(capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--device abacus", "choose from cpu, cuda"), ("--device cpu --only T=9", "vgg16 T=5 B=128 dense mask")],
+)
+def test_bad_flag_is_one_line(capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
-        speed.main(["--device", "abacus"])
+        speed.main(flags.split())
     assert stop.value.code == 2
-    assert "choose from cpu, cuda" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_only_what_was_asked_for_is_measured(monkeypatch):
+    monkeypatch.setattr(speed, "network_rows", lambda *part: [part[1:4]])
+    found = list(speed.all_network_rows("cpu", quick=False, only="vgg16 T=5", started=0.0))
+    assert [rows for rows, _ in found] == [[("vgg16", 5, 16)], [("vgg16", 5, 16)], [("vgg16", 5, 128)]]
 
 
 def test_the_readme_shows_the_newest_of_each_kind_of_machine():
