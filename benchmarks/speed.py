@@ -8,8 +8,9 @@ Variant ``loop`` is the authors' style (``authors_style.py``), ``engine`` is wha
 is the median of n repeats; in each repeat all variants run one after the other: a busy machine slows all of them. The
 process is set up as for training (huge pages, cuDNN's benchmark), which makes the authors' style faster, too.
 
-On a GPU it begins nothing after 6 minutes, needs no data, and times more variants: with channels last, with CUDA graphs, and
-``epochs``, whole ones of ``fit`` over 50,000 augmented images. What there was no time for is named at the end.
+On a GPU it begins nothing after 6 minutes, needs no data, and times more variants: with channels last, with CUDA
+graphs, and ``epochs``, whole ones of ``fit`` over 50,000 augmented images. What there was no time for is named at the
+end.
 """
 
 import argparse
