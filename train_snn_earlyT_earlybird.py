@@ -15,13 +15,12 @@ from models import build_model
 from utils.data import load_data
 from utils.early_bird import has_settled, recent_masks, window_distance
 from utils.early_time import divergences, early_time
-from utils.engine import place
 from utils.errors import one_line_errors
 from utils.flags import get_args
 from utils.masks import dense_mask, magnitude_mask, rewind, sparsity_after
 from utils.runs import Run
 from utils.signals import stop_deferred
-from utils.training import fit, make_optimizer, predict
+from utils.training import fit, make_optimizer, place, predict
 
 
 @one_line_errors

@@ -15,13 +15,12 @@ import torch
 from models import build_model
 from utils.data import load_data
 from utils.early_time import divergences, early_time
-from utils.engine import place
 from utils.errors import one_line_errors
 from utils.flags import get_args
 from utils.masks import dense_mask, prune_by_magnitude, rewind, state_after_pruning
 from utils.runs import Run
 from utils.tickets import load_fitting_ticket
-from utils.training import fit, make_optimizer, predict
+from utils.training import fit, make_optimizer, place, predict
 
 
 @one_line_errors

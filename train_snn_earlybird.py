@@ -14,13 +14,12 @@ import torch
 from models import build_model
 from utils.data import load_data
 from utils.early_bird import has_settled, recent_masks, window_distance
-from utils.engine import place
 from utils.errors import one_line_errors
 from utils.flags import get_args
 from utils.masks import dense_mask, magnitude_mask, rewind, sparsity_after
 from utils.runs import Run
 from utils.signals import stop_deferred
-from utils.training import fit, make_optimizer
+from utils.training import fit, make_optimizer, place
 
 
 @one_line_errors

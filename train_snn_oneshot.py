@@ -13,14 +13,13 @@ import torch
 
 from models import build_model
 from utils.data import balanced_part, load_data
-from utils.engine import place
 from utils.errors import one_line_errors
 from utils.flags import TICKETS, get_args
 from utils.masks import dense_mask, drop_lowest, magnitude_mask, random_scores, rewind, shuffle_layers, sparsity_after
 from utils.runs import Run
 from utils.snip import snip_scores
 from utils.tickets import load_fitting_ticket
-from utils.training import fit, make_optimizer
+from utils.training import fit, make_optimizer, place
 
 
 @one_line_errors

@@ -42,7 +42,7 @@ from benchmarks import authors_style  # noqa: E402
 from benchmarks.loop import loop_of  # noqa: E402
 from models import build_model  # noqa: E402
 from utils.data import DATASETS, Data, Split  # noqa: E402
-from utils.engine import WARM_UP, place, use_huge_pages  # noqa: E402
+from utils.engine import WARM_UP, use_huge_pages  # noqa: E402
 from utils.errors import InputError, one_line_errors  # noqa: E402
 from utils.files import read_json, write_json, write_text  # noqa: E402
 from utils.flags import get_args  # noqa: E402
@@ -56,6 +56,7 @@ from utils.training import (  # noqa: E402
     forward,
     loss_over_time,
     make_optimizer,
+    place,
 )
 
 ARCHS = ("vgg16", "resnet19")

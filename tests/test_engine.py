@@ -21,10 +21,10 @@ from models import build_model
 from models.layers import BatchNorm
 from utils import engine, training
 from utils.data import load_data
-from utils.engine import WARM_UP, Graphed, place
+from utils.engine import WARM_UP, Graphed
 from utils.masks import magnitude_mask, prunable, rewind
 from utils.runs import Run
-from utils.training import MaskedUpdate, fit, make_optimizer
+from utils.training import MaskedUpdate, fit, make_optimizer, place
 
 FAULTS = """
 import resource, torch

@@ -1,11 +1,11 @@
-"""What makes training fast beside the network: memory, layouts, and a step as one CUDA graph."""
+"""What makes training fast beside the network: huge pages, and a step as one CUDA graph."""
 
 import gc
 import os
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 WARM_UP = 3  # calls before the capture
 
@@ -17,13 +17,6 @@ def use_huge_pages() -> None:
     takes much of a training step of batch 128. ``THP_MEM_ALLOC_ENABLE=0`` in the environment leaves it so.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def place(model: nn.Module, args) -> nn.Module:
-    """Move a network to ``args.device``; with ``args.channels_last``, the kernels of its convolutions have the channels
-    innermost in memory, and its activations will follow."""
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    return model.to(args.device, memory_format=layout)
 
 
 class Graphed:

@@ -27,6 +27,13 @@ EVALUATION_BATCH = {"cpu": 100, "cuda": 500}  # images; on a CPU larger ones lea
 SECONDS_BETWEEN_READS = 0.5  # a read of the loss waits for the device
 
 
+def place(model: nn.Module, args) -> nn.Module:
+    """Move a network to ``args.device``; with ``args.channels_last``, the kernels of its convolutions have the channels
+    innermost in memory, and its activations will follow."""
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    return model.to(args.device, memory_format=layout)
+
+
 def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     """A fresh optimizer without momentum, the weight decay on all parameters (section 4.1)."""
     rate, decay = args.learning_rate, args.weight_decay
