@@ -1,9 +1,11 @@
 """Spiking VGG16, ResNet19, ResNet34 and AlexNet: ``model(images [B,C,H,W], timesteps) -> logits [T,B,classes]``."""
 
+from functools import partial
+
 from torch import nn
 
 from .alexnet import AlexNet
-from .layers import compile_blocks
+from .lif import LIF
 from .resnet import ResNet19, ResNet34
 from .vgg import VGG16
 
@@ -19,7 +21,9 @@ def build_model(
     neuron: str = "lif",
     width: float = 1.0,
     batch_norm: str = "per_timestep",
-    compile: bool = False,
+    tau: float = 4 / 3,
+    v_threshold: float = 1.0,
+    surrogate_alpha: float = 2.0,
 ) -> nn.Module:
     """Build a network with freshly drawn weights (torch's global generator).
 
@@ -27,17 +31,20 @@ def build_model(
         arch: ``vgg16``, ``resnet19``, ``resnet34`` or ``alexnet``.
         channels: channels of an image.
         classes: number of classes.
-        neuron: ``lif``, or ``relu`` for the ANN of the same shape.
+        neuron: ``lif``, or ``relu`` for the ANN of the same shape, which the paper transfers tickets from (4.3).
         width: factor on the number of channels of every hidden layer.
         batch_norm: where training statistics come from, see ``models.layers.BatchNorm``.
-        compile: fuse what lies between convolutions into one kernel each; see ``models.layers.compile_blocks``.
+        tau: the spiking neurons' constants, see ``models.lif.LIF``, as are ``v_threshold`` and ``surrogate_alpha``.
+        v_threshold: membrane potential that fires.
+        surrogate_alpha: steepness of the surrogate gradient.
 
     Returns:
         A module that maps images [B, channels, H, W] (H and W at least 32) and a number of timesteps T
         to logits [T, B, classes].
 
     Raises:
-        ValueError: an unknown choice (the message names the choices) or a size that is not positive.
+        ValueError: an unknown choice (the message names the choices), a size that is not positive, or a constant out
+            of its range.
     """
     for name, value, choices in (
         ("arch", arch, ARCHITECTURES),
@@ -48,7 +55,5 @@ def build_model(
             raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
     if min(channels, classes, width) <= 0:
         raise ValueError(f"channels, classes and width must be positive, got {channels}, {classes}, {width}")
-    model = ARCHITECTURES[arch](channels, classes, neuron, width, batch_norm)
-    if compile:
-        compile_blocks(model)
-    return model
+    lif = partial(LIF, tau, v_threshold, surrogate_alpha)
+    return ARCHITECTURES[arch](channels, classes, lif if neuron == "lif" else nn.ReLU, width, batch_norm)

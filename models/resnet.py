@@ -1,11 +1,11 @@
 """Spiking ResNets: ResNet19, that of Zheng et al. (AAAI 2021) in the paper's proportions, and ResNet34."""
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 
 from .layers import BatchNorm, Conv1x1, Conv3x3, GlobalAvgPool, Linear, NormAndFire, scaled
-from .lif import make_neuron
 
 # channels, blocks, stride of the first block
 STAGES_19 = ((128, 3, 2), (256, 3, 2), (512, 2, 2))
@@ -15,7 +15,9 @@ STAGES_34 = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut that joins before the second neuron, [T,B,in,H,W] to [T,B,out,H/s,W/s]."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, neuron: str, batch_norm: str):
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, neuron: Callable[[], nn.Module], batch_norm: str
+    ):
         super().__init__()
         self.conv1 = Conv3x3(in_channels, out_channels, stride=stride, bias=False)
         self.fire1 = NormAndFire(out_channels, neuron, batch_norm)
@@ -39,11 +41,11 @@ class ResNet(nn.Module):
     image.
 
     Args:
-        channels: see ``build_model``, as are ``classes``, ``neuron``, ``width`` and ``batch_norm``.
+        channels: of an image.
         classes: number of classes.
-        neuron: kind of neuron.
+        neuron: makes a layer of neurons.
         width: factor on all channels.
-        batch_norm: its training statistics.
+        batch_norm: see ``models.layers.BatchNorm``.
         stages: channels, blocks, and stride of the first block of each stage.
         hidden: spiking units before the classifier; 0 for none.
     """
@@ -52,7 +54,7 @@ class ResNet(nn.Module):
         self,
         channels: int,
         classes: int,
-        neuron: str,
+        neuron: Callable[[], nn.Module],
         width: float,
         batch_norm: str,
         stages: tuple[tuple[int, int, int], ...],
@@ -73,7 +75,7 @@ class ResNet(nn.Module):
         self.hidden = None
         if hidden:
             self.hidden = Linear(in_channels, scaled(hidden, width))
-            self.hidden_neuron = make_neuron(neuron)
+            self.hidden_neuron = neuron()
             in_channels = scaled(hidden, width)
         self.classifier = Linear(in_channels, classes)
 

@@ -1,5 +1,7 @@
 """VGG16 for small images: 13 convolutions, 5 max-pools, one linear layer."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from .layers import Conv3x3, GlobalAvgPool, HalvingMaxPool, Linear, NormAndFire, scaled
@@ -14,7 +16,7 @@ class VGG16(nn.Module):
     Images larger than 32x32 leave the last pool larger than 1x1 and are averaged there.
     """
 
-    def __init__(self, channels: int, classes: int, neuron: str, width: float, batch_norm: str):
+    def __init__(self, channels: int, classes: int, neuron: Callable[[], nn.Module], width: float, batch_norm: str):
         super().__init__()
         layers = []
         for stage in STAGES:

@@ -1,12 +1,51 @@
-"""The independent reference for the networks of supplement G, as ``benchmarks.loop`` is for the other two."""
+"""Small networks that fire, and the independent reference for all architectures: loops over timesteps."""
 
 import torch
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, neuron
 from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import loop
 from benchmarks.loop import LoopBlock, lif
+from models.lif import LIF
+
+
+def lively(model, images):
+    """Bring the running statistics close to the data's, so that an untrained network fires in eval mode in every layer,
+    up to the hidden one of ResNet19, which no batch norm feeds."""
+    if isinstance(getattr(model, "hidden", None), nn.Linear):
+        model.hidden.weight.data.mul_(20)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 0.5
+        for _ in range(10):
+            model.train()(images, 3)
+        for norm in norms:
+            norm.momentum = 0.1
+        rates = firing_rates(model, images, 3)
+    assert all(0 < rate < 1 for rate in rates.values()), rates
+    return model.train()
+
+
+def recorded(model, images, timesteps, kind):
+    """Inputs and outputs of all modules of a kind, by name, in eval mode."""
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+        for name, module in model.named_modules()
+        if isinstance(module, kind)
+    ]
+    with torch.no_grad():
+        model.eval()(images, timesteps)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def firing_rates(model, images, timesteps):
+    """Spikes per neuron and timestep in eval mode, by layer."""
+    return {name: spikes.mean().item() for name, (_, spikes) in recorded(model, images, timesteps, LIF).items()}
 
 
 class LoopResNet34(nn.Module):
@@ -37,7 +76,9 @@ class LoopAlexNet(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(b, c, 3, 1, 1), nn.BatchNorm2d(c)
         self.conv4, self.bn4 = nn.Conv2d(c, d, 3, 1, 1), nn.BatchNorm2d(d)
         self.conv5, self.bn5 = nn.Conv2d(d, d, 3, 1, 1), nn.BatchNorm2d(d)
-        self.fc1, self.fc2, self.fc3 = nn.Linear(4 * d, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, classes)
+        self.fc1, self.bn6 = nn.Linear(4 * d, hidden), nn.BatchNorm1d(hidden)
+        self.fc2, self.bn7 = nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden)
+        self.fc3 = nn.Linear(hidden, classes)
         self.lif = nn.ModuleList(lif() for _ in range(7))
 
     def forward(self, images, timesteps):
@@ -50,16 +91,22 @@ class LoopAlexNet(nn.Module):
             x = self.lif[2](self.bn3(self.conv3(x)))
             x = self.lif[3](self.bn4(self.conv4(x)))
             x = F.max_pool2d(self.lif[4](self.bn5(self.conv5(x))), 2)
-            x = self.lif[5](self.fc1(x.flatten(1)))
-            outputs.append(self.fc3(self.lif[6](self.fc2(x))))
+            x = self.lif[5](self.bn6(self.fc1(x.flatten(1))))
+            outputs.append(self.fc3(self.lif[6](self.bn7(self.fc2(x)))))
         return torch.stack(outputs)
 
 
-def loop_of(model, arch, channels, classes, width):
+def loop_of(model, arch, channels, classes, width, tau=4 / 3, v_threshold=1.0, surrogate_alpha=2.0):
     """The reference with the model's weights and statistics; both define their layers in the same order."""
-    networks = {"resnet34": LoopResNet34, "alexnet": LoopAlexNet}
-    if arch not in networks:
-        return loop.loop_of(model, arch, channels, classes, width)
+    networks = {
+        "vgg16": loop.LoopVGG16,
+        "resnet19": loop.LoopResNet19,
+        "resnet34": LoopResNet34,
+        "alexnet": LoopAlexNet,
+    }
     network = networks[arch](channels, classes, width).to(next(model.parameters()))
     network.load_state_dict(dict(zip(network.state_dict(), model.state_dict().values(), strict=True)))
+    for module in network.modules():
+        if isinstance(module, neuron.LIFNode):
+            module.tau, module.v_threshold, module.surrogate_function.alpha = tau, v_threshold, surrogate_alpha
     return network
