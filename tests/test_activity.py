@@ -1,84 +1,89 @@
 """What a ticket costs to run, counted again in other ways."""
 
-import json
 from itertools import product
 
 import pytest
 import torch
-from conftest import ROOT, folder_of, lively, script
+from networks import firing_rates, lively, recorded
 from spikingjelly.activation_based import layer
-from spikingjelly.activation_based.monitor import InputMonitor, OutputMonitor
-from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCounter, SynOpCounter
 from torch import nn
 from torch.nn import functional as F
 
 from models import build_model
-from models.layers import GlobalAvgPool
+from models.layers import BatchNorm
 from models.lif import LIF
-from utils import activity, runs
-from utils.activity import measure
-from utils.data import DATASETS, Split
-from utils.masks import apply_mask, dense_mask, drop_lowest, random_scores
+from utils import activity
+from utils.activity import check_countable, measure
+from utils.data import Split
+from utils.datasets import DATASETS
+from utils.files import InputError
+from utils.masks import apply_mask, dense_mask
 
 SPIKING = ("spikes_per_image", "firing_rates", "synops_per_image")
-FIELDS = (*SPIKING, "macs_per_image", "dense_macs_per_image", "energy_uj_per_image", "ann_energy_uj_per_image")
 ENERGY = "energy_uj_per_image"
+WEIGHTS = nn.Conv2d | nn.Linear
 
 
 def images(count, height=32, width=32, channels=3):
-    pixels = torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=seeded())
     return Split(pixels, torch.zeros(count, dtype=torch.long), DATASETS["cifar10" if channels == 3 else "fmnist"])
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
 
 
 def inputs_of(split):
     return next(split.batches(len(split)))[0]
 
 
+def pruned_at_random(model, sparsity):
+    """A mask that keeps and prunes weights of every layer; the model keeps its weights."""
+    return {name: torch.rand(m.shape, generator=seeded()) >= sparsity for name, m in dense_mask(model).items()}
+
+
 def network(arch, split, sparsity=0.0, **more):
-    """A small network that fires, and its mask: pruned at random, so that every layer keeps and loses weights."""
+    """A small network that fires, and its mask."""
     torch.manual_seed(0)
     model = build_model(arch, 3, 10, width=0.125, **more)
-    mask = drop_lowest(random_scores(model), dense_mask(model), sparsity)
+    mask = pruned_at_random(model, sparsity)
     apply_mask(model, mask)
     return lively(model, inputs_of(split)), mask
 
 
 class Odd(nn.Module):
-    """Kernels, strides, paddings and dilations of all sorts on images 9x7; a linear layer on spikes, one on means."""
+    """Kernels, strides, paddings and dilations of all sorts on images 9x7; linear layers on spikes [T,B,N], on spikes
+    [T,B,P,N] with P pixels, and on real numbers; batch norm on [T,B,C]."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(
-            layer.Conv2d(1, 3, 3, padding=1, bias=False, step_mode="m"),
-            LIF(),
-            layer.Conv2d(3, 4, (3, 5), stride=(2, 1), padding=(1, 2), step_mode="m"),
-            LIF(),
-            layer.MaxPool2d(2, step_mode="m"),
-            layer.Conv2d(4, 3, 2, stride=2, padding=1, dilation=2, step_mode="m"),
-            LIF(),
-            nn.Flatten(2),
-            layer.Linear(6, 5, step_mode="m"),
-            LIF(),
-            nn.Unflatten(2, (5, 1, 1)),
-            layer.Conv2d(5, 3, 3, padding=2, step_mode="m"),
-            LIF(),
-            GlobalAvgPool(),
-            layer.Linear(3, 2, step_mode="m"),
-        )
-        for module in self.layers:
-            if isinstance(module, nn.Conv2d | nn.Linear):
+        self.stem = layer.Conv2d(1, 3, 3, padding=1, bias=False, step_mode="m")
+        self.strided = layer.Conv2d(3, 4, (3, 5), stride=(2, 1), padding=(1, 2), step_mode="m")
+        self.pool = layer.MaxPool2d(2, step_mode="m")
+        self.dilated = layer.Conv2d(4, 3, 2, stride=2, padding=1, dilation=2, step_mode="m")
+        self.by_pixel, self.hidden = nn.Linear(3, 6), nn.Linear(12, 5)
+        self.norm = BatchNorm(5)
+        self.classifier = nn.Linear(5, 2)
+        self.fire = nn.ModuleList(LIF() for _ in range(5))
+        for module in self.modules():
+            if isinstance(module, WEIGHTS):
                 nn.init.normal_(module.weight, 0.4, 1)
 
     def forward(self, x, timesteps):
-        return self.layers[1:](self.layers[0](x.unsqueeze(0)).expand(timesteps, -1, -1, -1, -1))
+        x = self.fire[0](self.stem(x.unsqueeze(0)).expand(timesteps, -1, -1, -1, -1))
+        x = self.fire[1](self.strided(x))
+        x = self.fire[2](self.dilated(self.pool(x)))
+        x = self.fire[3](self.by_pixel(x.flatten(3).mT))
+        x = self.fire[4](self.norm(self.hidden(x.flatten(2))))
+        return self.classifier(x + 0.5)
 
 
 def operations_by_hand(module, x, kept):
-    """Loops over every timestep, image, output and kernel tap; x [T,B,C,H,W] or [T,B,C]."""
+    """Loops over every timestep, image, output and kernel tap; x [T,B,C,H,W] or [T,B,...,C]."""
     if isinstance(module, nn.Linear):
         return sum(
-            bool(x[t, b, i] != 0 and kept[o, i])
-            for t, b, o, i in product(*map(range, (*x.shape[:2], *module.weight.shape)))
+            bool(row[i] != 0 and kept[o, i])
+            for row, o, i in product(x.flatten(0, -2), *map(range, module.weight.shape))
         )
     count = 0
     timesteps, batch, _, height, width = x.shape
@@ -95,31 +100,20 @@ def operations_by_hand(module, x, kept):
 def test_counts_are_those_of_loops_over_every_connection():
     torch.manual_seed(3)
     split, model = images(2, 9, 7, channels=1), Odd()
-    mask = drop_lowest(random_scores(model), dense_mask(model), 0.4)
+    mask = pruned_at_random(model, 0.4)
     apply_mask(model, mask)
-    timesteps, synops, macs, spikes, rates = 3, 0, 0, 0, {}
-    with torch.no_grad():
-        x = inputs_of(split).unsqueeze(0)
-        for index, module in enumerate(model.layers):
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                count = operations_by_hand(module, x, mask[f"layers.{index}.weight"])
-                assert count > 0
-                if index in (0, len(model.layers) - 1):
-                    macs += count
-                else:
-                    synops += count
-            x = module(x)
-            if index == 0:
-                x = x.expand(timesteps, -1, -1, -1, -1)
-            if isinstance(module, LIF):
-                spikes += int(x.sum())
-                rates[f"layers.{index}"] = x.mean().item()
-    cost = measure(model, mask, split, timesteps)
+    lively(model, inputs_of(split))
+    seen = recorded(model, inputs_of(split), 3, WEIGHTS)
+    counts = {n: operations_by_hand(model.get_submodule(n), x, mask[f"{n}.weight"]) for n, (x, _) in seen.items()}
+    assert min(counts.values()) > 0
+    macs = counts.pop("stem") + counts.pop("classifier")
+    synops = sum(counts.values())
+    spikes = sum(spikes.sum().item() for _, spikes in recorded(model, inputs_of(split), 3, LIF).values())
+    cost = measure(model, mask, split, 3)
     assert (cost["synops_per_image"], cost["macs_per_image"]) == (synops / 2, macs / 2)
     assert cost["spikes_per_image"] == spikes / 2
-    assert list(cost["firing_rates"]) == list(rates)
-    assert cost["firing_rates"] == pytest.approx(rates)
-    dense = 3 * 9 * 9 * 7 + 4 * 45 * 5 * 7 + 3 * 16 * 2 * 1 + 5 * 6 + 3 * 45 * 3 * 3 + 2 * 3
+    assert cost["firing_rates"] == pytest.approx(firing_rates(model, inputs_of(split), 3))
+    dense = 3 * 9 * 9 * 7 + 4 * 45 * 5 * 7 + 3 * 16 * 2 * 1 + 3 * 6 * 2 + 12 * 5 + 5 * 2
     assert cost["dense_macs_per_image"] == dense
     assert cost[ENERGY] == pytest.approx((0.9 * synops + 4.6 * macs) / 2 / 1e6)
     assert cost["ann_energy_uj_per_image"] == pytest.approx(4.6 * dense / 1e6)
@@ -139,61 +133,39 @@ def test_counts_are_those_of_loops_over_every_connection():
 def test_counts_of_the_networks_are_convolutions_with_ones(arch, size, real, monkeypatch):
     split = images(5, size, size)
     model, mask = network(arch, split, 0.7)
+    model.double()  # spikes do not depend on how the images are batched
+    split = Exact(*vars(split).values())
     monkeypatch.setattr(activity, "BATCH", 2)  # the last batch is smaller
     cost = measure(model, mask, split, 4)
-    monitors = [InputMonitor(model, kind) for kind in (nn.Conv2d, nn.Linear)]
-    spikes = OutputMonitor(model, LIF)
-    with torch.no_grad():
-        for x, _ in split.batches(2):  # the same batches, for the same rounding
-            model.eval()(x, 4)
     synops, macs = 0, 0
-    for monitor in monitors:
-        for name in monitor.monitored_layers:
-            module, ones = model.get_submodule(name), mask[f"{name}.weight"].double()
-            x = torch.cat(monitor[name], dim=1).flatten(0, 1).ne(0).double()
-            if isinstance(module, nn.Linear):
-                count = F.linear(x, ones).sum().item()
-            else:
-                count = F.conv2d(x, ones, None, module.stride, module.padding).sum().item()
-            assert count > 0, name
-            if name in real:
-                macs += count
-            else:
-                synops += count
+    for name, (x, _) in recorded(model, inputs_of(split), 4, WEIGHTS).items():
+        module, ones = model.get_submodule(name), mask[f"{name}.weight"].double()
+        active = x.flatten(0, 1).ne(0).double()
+        if isinstance(module, nn.Linear):
+            count = F.linear(active, ones).sum().item()
+        else:
+            count = F.conv2d(active, ones, None, module.stride, module.padding).sum().item()
+        assert count > 0, name
+        if name in real:
+            macs += count
+        else:
+            synops += count
     assert cost["synops_per_image"] == synops / 5
     assert cost["macs_per_image"] == macs / 5
-    assert list(cost["firing_rates"]) == spikes.monitored_layers
-    assert cost["spikes_per_image"] == sum(record.sum().item() for record in spikes.records) / 5
-    for name, rate in cost["firing_rates"].items():
-        assert rate == pytest.approx(torch.cat(spikes[name], dim=1).mean().item()), name
-        assert 0 < rate < 1
+    layers = recorded(model, inputs_of(split), 4, LIF)
+    assert list(cost["firing_rates"]) == list(layers)
+    assert cost["spikes_per_image"] == sum(spikes.sum().item() for _, spikes in layers.values()) / 5
+    assert cost["firing_rates"] == pytest.approx(firing_rates(model, inputs_of(split), 4))
 
 
-@pytest.mark.parametrize("arch", ["vgg16", "resnet19"])
-def test_spikingjelly_agrees_on_the_dense_network_and_counts_pruned_connections_too(arch):
-    split = images(4)
+class Exact(Split):
+    """A split in fp64."""
 
-    def theirs(model):
-        synops, macs = SynOpCounter(), MACCounter()
-        with torch.no_grad(), DispatchCounterMode([synops, macs]):
-            model.eval()(inputs_of(split), 3)
-        linear = macs.get_counts()["Global"].get(torch.ops.aten.addmm.default, 0)
-        return synops.get_total() / 4, linear / 4
+    def part(self, indices):
+        return Exact(*vars(super().part(indices)).values())
 
-    model, mask = network(arch, split)
-    cost = measure(model, mask, split, 3)
-    synops, linear = theirs(model)
-    assert cost["synops_per_image"] == synops
-    # theirs counts zeros and padding as MACs: the hidden layer sees no more than it says, the stem less by its border
-    stem = model.stem.weight.numel() / 9 * (3 * 32 - 2) ** 2
-    assert 0 <= linear - (cost["macs_per_image"] - stem) <= 0.5 * linear
-    model, mask = network(arch, split, 0.7)
-    pruned = measure(model, mask, split, 3)
-    dense = measure(model, dense_mask(model), split, 3)
-    assert theirs(model)[0] == dense["synops_per_image"] > 2 * pruned["synops_per_image"]
-    assert {name: dense[name] for name in ("spikes_per_image", "firing_rates", "dense_macs_per_image")} == {
-        name: pruned[name] for name in ("spikes_per_image", "firing_rates", "dense_macs_per_image")
-    }
+    def batches(self, batch_size):
+        return ((pixels.double(), labels) for pixels, labels in super().batches(batch_size))
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "resnet19"])
@@ -215,13 +187,19 @@ def test_dense_macs_of_the_full_networks(arch):
         assert cost["ann_energy_uj_per_image"] == pytest.approx(4.6e-6 * macs)
 
 
-def test_the_image_is_convolved_once_and_more_timesteps_cost_more_spikes():
+def test_what_timesteps_and_pruned_connections_cost():
     split = images(3)
     model, mask = network("vgg16", split, 0.5)
     short, long = (measure(model, mask, split, timesteps) for timesteps in (2, 6))
-    assert short["macs_per_image"] == long["macs_per_image"] > 0
+    assert short["macs_per_image"] == long["macs_per_image"] > 0  # the image is convolved once
     assert 2 * short["synops_per_image"] < long["synops_per_image"]
     assert short["dense_macs_per_image"] == long["dense_macs_per_image"]
+    unpruned = measure(model, dense_mask(model), split, 6)
+    assert unpruned["synops_per_image"] > 1.5 * long["synops_per_image"]
+    same = ("spikes_per_image", "firing_rates", "dense_macs_per_image")
+    assert [unpruned[name] for name in same] == [long[name] for name in same]
+    nothing = {name: torch.zeros_like(m) for name, m in mask.items()}
+    assert measure(model, nothing, split, 6)[ENERGY] == 0
 
 
 def test_a_relu_network_does_not_spike_and_its_zeros_cost_nothing():
@@ -233,24 +211,12 @@ def test_a_relu_network_does_not_spike_and_its_zeros_cost_nothing():
     assert cost[ENERGY] == pytest.approx(4.6e-6 * cost["macs_per_image"])
 
 
-def test_a_network_without_connections_is_silent_and_costs_nothing():
-    split = images(2)
-    model = build_model("vgg16", 3, 10, width=0.125)
-    mask = {name: torch.zeros_like(m) for name, m in dense_mask(model).items()}
-    apply_mask(model, mask)
-    cost = measure(model, mask, split, 2)
-    assert cost["spikes_per_image"] == cost["synops_per_image"] == cost["macs_per_image"] == cost[ENERGY] == 0
-    assert set(cost["firing_rates"].values()) == {0}
-
-
 def test_bf16_counts_what_the_bf16_network_fires():
     split = images(3)
     model, mask = network("vgg16", split, 0.5)
-    spikes = OutputMonitor(model, LIF)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model.eval()(inputs_of(split), 3)
-    spikes.close()
-    fired = sum(record.double().sum().item() for record in spikes.records) / 3
+    with torch.autocast("cpu", torch.bfloat16):
+        spikes = recorded(model, inputs_of(split), 3, LIF)
+    fired = sum(spikes.double().sum().item() for _, spikes in spikes.values()) / 3
     assert measure(model, mask, split, 3, "bf16")["spikes_per_image"] == fired
     assert measure(model, mask, split, 3)["spikes_per_image"] != fired
 
@@ -273,8 +239,7 @@ def test_the_model_is_left_as_it_was(training, fails, monkeypatch):
     assert not any(module._forward_hooks for module in model.modules())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    loss = model(inputs_of(split), 2).sum()
-    loss.backward()  # no inference tensor has stayed behind
+    model(inputs_of(split), 2).sum().backward()  # no inference tensor has stayed behind
 
 
 def test_compiled_layers_are_counted_too():
@@ -287,30 +252,43 @@ def test_compiled_layers_are_counted_too():
     assert measure(model, mask, split, 2) == eager
 
 
-def test_result_rows_say_what_the_trained_network_costs(run):
-    done = run("laterewindlth", "--sparsity_round", "1", arch="resnet19")
-    dense, ticket = done.results
-    for row in (dense, ticket):
-        assert row.keys() >= {*FIELDS, "ticket_bytes"}
-        path = done.folder / "tickets" / f"level_{row['level']:02d}.safetensors"
-        assert row["ticket_bytes"] == path.stat().st_size
-    assert dense["dense_macs_per_image"] == ticket["dense_macs_per_image"]
-    assert 0 < ticket["macs_per_image"] < dense["macs_per_image"]
-    assert all(f"`{field}`" in (ROOT / "README.md").read_text(encoding="utf-8") for field in (*FIELDS, "ticket_bytes"))
+class Leaky(LIF):
+    """A neuron with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.decay = nn.Parameter(torch.tensor(0.5))
 
 
-def test_a_row_that_is_there_is_not_measured_again(tmp_path, tiny, monkeypatch):
-    script("laterewindlth")(tiny)
-    path = folder_of(tmp_path, "laterewindlth") / "results.json"
-    rows = json.loads(path.read_text())
-    measured = []
+class IF(nn.Module):
+    def forward(self, current):
+        return (current.cumsum(0) >= 1).to(current)
 
-    def spy(model, mask, *rest):
-        measured.append(mask)
-        return measure(model, mask, *rest)
 
-    monkeypatch.setattr(runs, "measure", spy)
-    path.write_text(json.dumps(rows[:-1]))
-    script("laterewindlth")(tiny)
-    assert len(measured) == 1
-    assert json.loads(path.read_text()) == rows
+@pytest.mark.parametrize("arch", ["vgg16", "resnet19", "resnet34", "alexnet"])
+def test_networks_of_known_layers_are_countable(arch):
+    for neuron in ("lif", "relu"):
+        model = build_model(arch, 3, 10, neuron, width=0.0625)
+        check_countable(model)
+    model.neuron = Leaky()
+    check_countable(model)
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        IF(),
+        layer.Conv2d(4, 4, 3, groups=2, step_mode="m"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv1d(4, 4, 3),
+        nn.MultiheadAttention(4, 2),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_layers_that_cannot_be_counted_are_named(strange):
+    split = images(1)
+    model, mask = network("vgg16", split)
+    model.features.add_module("strange", strange)
+    for refuse in (lambda: check_countable(model), lambda: measure(model, mask, split, 2)):
+        with pytest.raises(InputError, match=r"features\.strange"):
+            refuse()

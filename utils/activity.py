@@ -16,16 +16,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layers import GlobalAvgPool
 from models.lif import LIF
 
 from . import distributed
 from .data import Split
+from .files import InputError
 from .masks import Mask
 
 # fp32 at 45 nm and 0.9 V: 3.7 pJ for a multiplication, 0.9 pJ for an addition (Horowitz, ISSCC 2014)
 ACCUMULATE_PJ = 0.9
 MAC_PJ = 3.7 + 0.9
-BATCH = 250  # beside a layer's input there are its comparisons
+BATCH = 250  # a layer's input and its comparisons are in memory together
+COUNTABLE = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.modules.batchnorm._BatchNorm,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    GlobalAvgPool,
+    nn.Flatten,
+    nn.Identity,
+    nn.Sequential,  # an empty one is an identity; of others, the layers are looked at
+    LIF,
+    nn.ReLU,
+)
 
 
 @dataclass
@@ -49,8 +65,8 @@ class _Connections:
     positions: int = 0  # outputs that share one kernel
 
     def __call__(self, layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
-        x, y = (tensor.flatten(0, -layer.weight.ndim) for tensor in (inputs[0], output))  # [T*B,C,H,W] or [T*B,C]
-        self.positions = y.shape[2:].numel()
+        x = inputs[0].flatten(0, -layer.weight.ndim)  # [T*B,C,H,W] or [T*B,C]
+        self.positions = output.shape[2:].numel() // len(layer.weight)
         self.active += (x != 0).sum(0, dtype=torch.float32).double()  # a batch's counts are exact in fp32, and fast
         self.real += ((x != 0) & (x != 1)).any()
 
@@ -63,17 +79,33 @@ class _Connections:
         return (kept.flatten(1).sum(0) * uses).sum().item()
 
 
+def check_countable(model: nn.Module) -> None:
+    """Check that ``measure`` knows every layer of a network.
+
+    Raises:
+        InputError: it does not; the message names the layer.
+    """
+    inside_neurons = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LIF))
+    for name, module in model.named_modules():
+        is_layer = not list(module.children()) or list(module.parameters(recurse=False))
+        if is_layer and not name.startswith(inside_neurons) and not isinstance(module, COUNTABLE):
+            kinds = ", ".join(kind.__name__.lstrip("_") for kind in COUNTABLE)
+            raise InputError(f"the cost of {name} ({type(module).__name__}) cannot be counted: choose from {kinds}")
+        if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
+            raise InputError(f"the cost of {name} cannot be counted: a convolution must be in one group, zero-padded")
+
+
 @torch.inference_mode()
 def measure(model: nn.Module, mask: Mask, split: Split, timesteps: int, precision: str = "fp32") -> dict:
     """Run the un-augmented images in eval mode and count; the model does not change. On several ranks each runs its
     part, and all have the counts of all.
 
     Args:
-        model: its neurons are ``LIF`` modules, its connections those of convolutions (in one group) and linear layers.
+        model: of layers that ``check_countable`` accepts, on sequences [T, B, ...].
         mask: the connections that survive.
         split: the images.
         timesteps: T.
-        precision: ``fp32`` or ``bf16``, as in ``training.evaluate``.
+        precision: of the forward pass, ``fp32`` or ``bf16``.
 
     Returns:
         Means over the images, of all T timesteps together:
@@ -87,7 +119,11 @@ def measure(model: nn.Module, mask: Mask, split: Split, timesteps: int, precisio
           traffic, the neurons' own arithmetic, biases, batch norm, shortcut additions and pools are not in them.
 
         Without spiking neurons the first three are None, and all operations are MACs.
+
+    Raises:
+        InputError: the network has a layer that cannot be counted.
     """
+    check_countable(model)
     modules = dict(model.named_modules())
     neurons = {name: _Neurons() for name, module in modules.items() if isinstance(module, LIF)}
     layers = {name: _Connections() for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)}
