@@ -7,77 +7,66 @@ rewind with those; then train the tickets that matter at T from the rewind point
 """
 
 import copy
-from functools import partial
-from itertools import pairwise
 
-import torch
-
-from models import build_model
-from utils.data import load_data
-from utils.early_time import divergences, early_time
-from utils.errors import one_line_errors
+from utils.data import balanced_part
+from utils.early_time import EarlyTime, early_time_flags
+from utils.experiment import script, start
 from utils.flags import get_args
-from utils.masks import dense_mask, prune_by_magnitude, rewind, state_after_pruning
-from utils.runs import Run
-from utils.tickets import load_fitting_ticket
-from utils.training import fit, make_optimizer, place, predict
+from utils.goal import evaluation_flags, imp_flags, level_name, prunings_of
+from utils.masks import dense_mask, rewind, state_after_pruning
+from utils.scores import prune_by_magnitude
+from utils.training import Trainer, make_optimizer
 
 
-@one_line_errors
+@script
 def main(argv=None):
-    args = get_args("earlyT_laterewindlth", __doc__, argv)
-    run = Run(args)
-    if run.finished:
-        return run.report_finished()
-    data = load_data(args)
-    run.begin(data)
-    torch.manual_seed(run.seed)
-    model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm, args.compile)
-    place(model, args)
-    train = partial(fit, model, data, args, run=run)
-
-    def probe():
-        return predict(model, data.probe, args.timestep, args.precision)  # [T,N,classes]
-
-    def observe():
-        return {"divergences": divergences(probe(), args.divergence)}
-
-    def choose_timesteps():
-        return early_time(probe(), args.early_time_threshold, args.divergence)
+    args = get_args(__file__, "IMP + ET", __doc__, argv, imp_flags, evaluation_flags, early_time_flags)
+    run, data, model = start(args)
+    trainer = Trainer(model, data, args)
+    unpruned = level_name(0) if args.rewind == "weights" else None  # the ticket with the same weights, pruned ones too
+    origin = {"epoch": args.rewinding_epoch, "rewind": args.rewind, "dense": unpruned}
 
     # the dense network: T_early after --early_time_epoch epochs, the rewind point after --rewinding_epoch
-    mask = dense_mask(model)
+    clock = EarlyTime(args.timestep, args.early_time_epoch, args.early_time_threshold, args.divergence)
+    probe = balanced_part(data.train, args.early_time_samples)
+    rewind_point = copy.deepcopy(model.state_dict())
     optimizer = make_optimizer(model, args)
-    timesteps, rewind_point = args.timestep, copy.deepcopy(model.state_dict())
-    for start, stop in pairwise(sorted({0, args.early_time_epoch, args.rewinding_epoch})):
-        epochs, checkpoint = range(start, stop), run.checkpoint(f"dense_{stop}")
-        train(optimizer, mask, epochs, timesteps, phase="dense", checkpoint=checkpoint, observe=observe)
-        if stop == args.rewinding_epoch:
-            rewind_point = copy.deepcopy(model.state_dict())
-        if stop == args.early_time_epoch:
-            timesteps = run.once("early_time", choose_timesteps)
+    dense = run.stage("dense", model=model, optimizer=optimizer, clock=clock, rewind_point=rewind_point)
+    for epoch in dense.epochs(range(max(args.early_time_epoch, args.rewinding_epoch))):
+        row = trainer.epoch(optimizer, None, epoch, clock.timesteps)
+        row |= clock.observe(epoch, trainer.predict(probe, args.timestep))
+        if epoch + 1 == args.rewinding_epoch:
+            rewind_point.update(copy.deepcopy(model.state_dict()))
+        dense.commit(epoch, row)
+    mask, rewind_point = run.ticket(level_name(0), dense_mask(model), rewind_point, level=0, **origin)
 
     # line 15: find the tickets with T_early
-    state = rewind_point
-    run.save_ticket(0, mask, state, args.rewinding_epoch)
-    for level in range(args.sparsity_round):
+    state, stages = rewind_point, [dense]
+    for level, fraction in enumerate(prunings_of(args)):
         rewind(model, state, mask)
         optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind
-        epochs, checkpoint = range(args.rewinding_epoch, args.end_iter), run.checkpoint(f"level_{level:02d}")
-        train(optimizer, mask, epochs, timesteps, level=level, checkpoint=checkpoint, observe=observe)
-        mask = prune_by_magnitude(model, mask, args.prune_percent / 100, args.pruning_scope)
+        lr_epoch = args.end_iter - 1 if args.rewind == "none" and level > 0 else None
+        stage = run.stage("search", level, model=model, optimizer=optimizer, clock=clock)
+        for epoch in stage.epochs(range(args.rewinding_epoch, args.end_iter)):
+            row = trainer.epoch(optimizer, mask, epoch, clock.timesteps, level, lr_epoch)
+            stage.commit(epoch, row | clock.observe(epoch, trainer.predict(probe, args.timestep)))
+        stages.append(stage)
+        mask = prune_by_magnitude(model, mask, fraction, args.pruning_scope)
         state = state_after_pruning(model, rewind_point, args.rewind)
-        run.save_ticket(level + 1, mask, state, args.rewinding_epoch)
+        mask, state = run.ticket(level_name(level + 1), mask, state, level + 1, **origin)
 
     # line 16: train those that matter with T
     for level in args.evaluate_levels:
-        mask, state, _ = load_fitting_ticket(run.ticket_path(level), model)
+        mask, state = run.read_ticket(level_name(level))
         rewind(model, state, mask)
         optimizer = make_optimizer(model, args)
-        epochs, checkpoint = range(args.rewinding_epoch, args.end_iter), run.checkpoint(f"train_{level:02d}")
-        train(optimizer, mask, epochs, args.timestep, phase="train", level=level, checkpoint=checkpoint)
-        run.save_result(level, mask, model, data.test)
-    run.report()
+        lr_epoch = args.end_iter - 1 if args.rewind == "none" and level > 0 else None
+        train = run.stage("train", level, model=model, optimizer=optimizer)
+        for epoch in train.epochs(range(args.rewinding_epoch, args.end_iter)):
+            train.commit(epoch, trainer.epoch(optimizer, mask, epoch, args.timestep, level, lr_epoch))
+        search = stages[: level + 1] if level else []  # up to the training that its last pruning follows
+        run.save_result(level_name(level), level, mask, model, data.test, search, train)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -7,59 +7,43 @@ q = 5 epochs it is the ticket: back to the initial weights, prune once, and trai
 """
 
 import copy
-from functools import partial
 
-import torch
-
-from models import build_model
-from utils.data import load_data
-from utils.early_bird import has_settled, recent_masks, window_distance
-from utils.errors import one_line_errors
+from utils.early_bird import EarlyBird, early_bird_flags
+from utils.experiment import script, start
 from utils.flags import get_args
-from utils.masks import dense_mask, magnitude_mask, rewind, sparsity_after
-from utils.runs import Run
-from utils.signals import stop_deferred
-from utils.training import fit, make_optimizer, place
+from utils.goal import goal_of, scope_flags, sparsity_flags
+from utils.masks import rewind
+from utils.scores import magnitude_mask
+from utils.training import Trainer, make_optimizer
 
 
-@one_line_errors
+@script
 def main(argv=None):
-    args = get_args("earlybird", __doc__, argv)
-    run = Run(args)
-    if run.finished:
-        return run.report_finished()
-    data = load_data(args)
-    run.begin(data)
-    torch.manual_seed(run.seed)
-    model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm, args.compile)
-    place(model, args)
-    train = partial(fit, model, data, args, run=run)
+    args = get_args(__file__, "EB", __doc__, argv, sparsity_flags, scope_flags, early_bird_flags)
+    goal = goal_of(args)
+    run, data, model = start(args, goal.sparsity)
+    trainer = Trainer(model, data, args)
 
     # search: train the dense network until its mask has settled
-    target = sparsity_after(args.sparsity_round, args.prune_percent / 100)
     initial = copy.deepcopy(model.state_dict())
-    dense = dense_mask(model)
+    bird = EarlyBird(args.eb_window, args.eb_tolerance, args.eb_distance)
     optimizer = make_optimizer(model, args)
-    recent = recent_masks(args.eb_window)
-    epoch = run.resume(run.checkpoint("search"), "search", 0, range(args.end_iter), model, optimizer, recent)
-    while epoch < args.end_iter and not has_settled(recent, args.eb_tolerance, args.eb_distance):
-        train(optimizer, dense, range(epoch, epoch + 1), args.timestep)
-        epoch += 1
-        with stop_deferred():
-            recent.append(magnitude_mask(model, target, args.pruning_scope))
-            run.note(hamming=window_distance(recent, "hamming"), jaccard=window_distance(recent, "jaccard"))
-            run.save_checkpoint(run.checkpoint("search"), epoch, model, optimizer, recent)
+    search = run.stage("search", model=model, optimizer=optimizer, bird=bird)
+    for epoch in search.epochs(range(args.end_iter)):
+        row = trainer.epoch(optimizer, None, epoch, args.timestep)
+        row |= bird.observe(magnitude_mask(model, goal.sparsity, args.pruning_scope))
+        search.commit(epoch, row, last=bird.settled)
 
     # the ticket: the settled mask on the initial weights
-    ticket, level = recent[-1], args.sparsity_round
-    run.save_ticket(level, ticket, initial, epoch=0)
-    rewind(model, initial, ticket)
+    mask, weights = run.ticket(goal.name, bird.mask, initial, goal.level, epoch=0)
+    rewind(model, weights, mask)
     optimizer = make_optimizer(model, args)
-    epochs, checkpoint = range(args.end_iter), run.checkpoint("train")
-    train(optimizer, ticket, epochs, args.timestep, phase="train", level=level, checkpoint=checkpoint)
-    settled = has_settled(recent, args.eb_tolerance, args.eb_distance)
-    run.save_result(level, ticket, model, data.test, settled=settled)
-    run.report()
+    train = run.stage("train", goal.level, model=model, optimizer=optimizer)
+    for epoch in train.epochs(range(args.end_iter)):
+        train.commit(epoch, trainer.epoch(optimizer, mask, epoch, args.timestep, goal.level))
+    settled = search.rows[-1]["settled"]
+    run.save_result(goal.name, goal.level, mask, model, data.test, [search], train, settled=settled)
+    run.finish()
 
 
 if __name__ == "__main__":

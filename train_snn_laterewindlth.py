@@ -6,53 +6,45 @@ epoch 20, and repeat. Every level yields a ticket and its accuracy; all of it is
     python train_snn_laterewindlth.py --dataset cifar10 --arch vgg16
 """
 
-import copy
-from functools import partial
-
-import torch
-
-from models import build_model
-from utils.data import load_data
-from utils.errors import one_line_errors
+from utils.experiment import script, start
 from utils.flags import get_args
-from utils.masks import dense_mask, prune_by_magnitude, rewind, state_after_pruning
-from utils.runs import Run
-from utils.training import fit, make_optimizer, place
+from utils.goal import imp_flags, level_name, prunings_of
+from utils.masks import dense_mask, rewind, state_after_pruning
+from utils.scores import prune_by_magnitude
+from utils.training import Trainer, make_optimizer
 
 
-@one_line_errors
+@script
 def main(argv=None):
-    args = get_args("laterewindlth", __doc__, argv)
-    run = Run(args)
-    if run.finished:
-        return run.report_finished()
-    data = load_data(args)
-    run.begin(data)
-    torch.manual_seed(run.seed)
-    model = build_model(args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm, args.compile)
-    place(model, args)
-    train = partial(fit, model, data, args, run=run)
+    args = get_args(__file__, "IMP", __doc__, argv, imp_flags)
+    run, data, model = start(args)
+    trainer = Trainer(model, data, args)
+    unpruned = level_name(0) if args.rewind == "weights" else None  # the ticket with the same weights, pruned ones too
+    origin = {"epoch": args.rewinding_epoch, "rewind": args.rewind, "dense": unpruned}
 
     # the rewind point: the dense network after exactly --rewinding_epoch epochs
-    mask = dense_mask(model)
     optimizer = make_optimizer(model, args)
-    epochs = range(args.rewinding_epoch)
-    train(optimizer, mask, epochs, args.timestep, phase="dense", checkpoint=run.checkpoint("dense"))
-    rewind_point = copy.deepcopy(model.state_dict())
+    dense = run.stage("dense", model=model, optimizer=optimizer)
+    for epoch in dense.epochs(range(args.rewinding_epoch)):
+        dense.commit(epoch, trainer.epoch(optimizer, None, epoch, args.timestep))
+    mask, rewind_point = run.ticket(level_name(0), dense_mask(model), model.state_dict(), level=0, **origin)
 
     # every level, the dense one too, starts from the rewind point (--rewind) and follows the same schedule
-    state = rewind_point
-    for level in range(args.sparsity_round + 1):
+    state, search = rewind_point, []
+    for level, fraction in enumerate([0.0, *prunings_of(args)]):
         if level > 0:
-            mask = prune_by_magnitude(model, mask, args.prune_percent / 100, args.pruning_scope)
+            mask = prune_by_magnitude(model, mask, fraction, args.pruning_scope)
             state = state_after_pruning(model, rewind_point, args.rewind)
-        run.save_ticket(level, mask, state, args.rewinding_epoch)
+            mask, state = run.ticket(level_name(level), mask, state, level, **origin)
         rewind(model, state, mask)
         optimizer = make_optimizer(model, args)  # momentum belongs to the weights just left behind
-        epochs = range(args.rewinding_epoch, args.end_iter)
-        train(optimizer, mask, epochs, args.timestep, level=level, checkpoint=run.checkpoint(f"level_{level:02d}"))
-        run.save_result(level, mask, model, data.test)
-    run.report()
+        lr_epoch = args.end_iter - 1 if args.rewind == "none" and level > 0 else None
+        stage = run.stage("search", level, model=model, optimizer=optimizer)
+        for epoch in stage.epochs(range(args.rewinding_epoch, args.end_iter)):
+            stage.commit(epoch, trainer.epoch(optimizer, mask, epoch, args.timestep, level, lr_epoch))
+        run.save_result(level_name(level), level, mask, model, data.test, search, train=stage)
+        search = [*(search or [dense]), stage]
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -6,65 +6,104 @@ The controls keep the mask and draw fresh weights, or keep the weights and shuff
     python train_snn_oneshot.py --ticket random --dataset cifar10 --arch vgg16 --sparsity_round 8
 """
 
-import copy
-from functools import partial
+import hashlib
+from pathlib import Path
 
 import torch
 
 from models import build_model
-from utils.data import balanced_part, load_data
-from utils.errors import one_line_errors
-from utils.flags import TICKETS, get_args
-from utils.masks import dense_mask, drop_lowest, magnitude_mask, random_scores, rewind, shuffle_layers, sparsity_after
-from utils.runs import Run
-from utils.snip import snip_scores
-from utils.tickets import load_fitting_ticket
-from utils.training import fit, make_optimizer, place
+from utils.data import balanced_part
+from utils.experiment import script, start
+from utils.files import InputError
+from utils.flags import count, get_args, positive_int
+from utils.goal import Goal, goal_of, scope_flags, sparsity_flags
+from utils.masks import dense_mask, drop_lowest, rewind, shuffle_layers, sparsity
+from utils.scores import magnitude_mask, random_scores, snip_scores
+from utils.tickets import load_dense_weights, load_fitting_ticket, load_ticket
+from utils.training import Trainer, generator, make_optimizer
+
+LABELS = {"random": "random", "snip": "SNIP", "magnitude": "magnitude"}  # of the kinds of ticket
+CONTROLS = ("none", "reinit", "shuffle")
 
 
-@one_line_errors
+def oneshot_flags(parser):
+    flag = parser.section("one-shot ticket")
+    flag("--ticket", str, "random", f"{{{','.join(LABELS)},PATH}}", "what the mask comes from; PATH is a saved ticket")
+    flag("--control", CONTROLS, "none", None, "fresh weights with its mask, or a mask shuffled in each layer")
+    flag("--random_scope", ("global", "layer"), "global", None, "random: prune anywhere, or every layer alike")
+    flag("--snip_samples", positive_int, 1000, "N", "snip: class-balanced training images for the gradient, at most")
+    flag("--search_timestep", count, lambda flags: flags.timestep, "T_PRE", "magnitude: T of the training", shown="T")
+    parser.only_with("--random_scope", "--ticket", "random")
+    parser.only_with("--snip_samples", "--ticket", "snip")
+    parser.only_with("--search_timestep", "--ticket", "magnitude")
+
+    def name_the_run(flags):
+        kind = flags.ticket if flags.ticket in LABELS else "transfer"
+        control = "" if flags.control == "none" else flags.control
+        flags.method = "-".join(filter(None, [flags.method, kind, control]))
+        flags.label = " ".join(filter(None, [LABELS.get(kind, kind), control]))
+        if kind == "transfer":
+            for name in sorted(parser.given & {"--sparsity", "--sparsity_round", "--prune_percent", "--pruning_scope"}):
+                parser.error(f"argument {name}: not with a saved ticket")
+            if not Path(flags.ticket).is_file():
+                parser.error(
+                    f"argument --ticket: choose from {', '.join(LABELS)}, or name a ticket; got {flags.ticket!r}"
+                )
+            flags.ticket_checksum = hashlib.sha256(Path(flags.ticket).read_bytes()).hexdigest()[:16]
+
+    parser.check(name_the_run)
+
+
+@script
 def main(argv=None):
-    args = get_args("oneshot", __doc__, argv)
-    run = Run(args)
-    if run.finished:
-        return run.report_finished()
-    data = load_data(args)
-    torch.manual_seed(run.seed)
-    build = partial(build_model, args.arch, data.channels, data.classes, args.neuron, args.width, args.batch_norm)
-    model = place(build(args.compile), args)
-    saved = None if args.ticket in TICKETS else load_fitting_ticket(args.ticket, model)
-    run.begin(data)
-    train = partial(fit, model, data, args, run=run)
+    args = get_args(__file__, "one-shot", __doc__, argv, sparsity_flags, scope_flags, oneshot_flags)
+    goal, first, lr_epoch, origin = goal_of(args), 0, None, {}
+    if args.ticket not in LABELS:
+        mask, _, args.ticket_origin = load_ticket(args.ticket)
+        first = args.ticket_origin["epoch"] if args.control != "reinit" else 0
+        if first >= args.end_iter:
+            raise InputError(
+                f"argument --end_iter: must be more than {first}, the epoch that {args.ticket} starts with"
+            )
+        goal = Goal(args.ticket_origin["ticket"], args.ticket_origin["level"], sparsity(mask))
+    run, data, model = start(args, goal.sparsity)
+    trainer = Trainer(model, data, args)
 
     # the ticket: a mask, and weights that have been trained up to some epoch
-    dense, target = dense_mask(model), sparsity_after(args.sparsity_round, args.prune_percent / 100)
-    weights, first, level, source = copy.deepcopy(model.state_dict()), 0, args.sparsity_round, None
+    dense, weights, search = dense_mask(model), model.state_dict(), []
     if args.ticket == "random":
-        scope = "local" if args.random_scope == "layer" else "global"
-        mask = drop_lowest(random_scores(model), dense, target, scope)
+        scores = random_scores(model, generator(args, "random"))
+        mask = drop_lowest(scores, dense, goal.sparsity, "local" if args.random_scope == "layer" else "global")
     elif args.ticket == "snip":
-        samples = balanced_part(data.train, args.snip_samples)
-        mask = drop_lowest(snip_scores(model, samples, args.timestep), dense, target, args.pruning_scope)
+        scores = snip_scores(model, balanced_part(data.train, args.snip_samples), args.timestep)
+        mask = drop_lowest(scores, dense, goal.sparsity, args.pruning_scope)
     elif args.ticket == "magnitude":
+        weights = run.read_ticket("initial")[1]
         optimizer = make_optimizer(model, args)
-        train(optimizer, dense, range(args.end_iter), args.search_timestep, checkpoint=run.checkpoint("search"))
-        mask = magnitude_mask(model, target, args.pruning_scope)
+        search = [run.stage("search", model=model, optimizer=optimizer)]
+        for epoch in search[0].epochs(range(args.end_iter)):
+            search[0].commit(epoch, trainer.epoch(optimizer, None, epoch, args.search_timestep))
+        mask = magnitude_mask(model, goal.sparsity, args.pruning_scope)
     else:
-        mask, weights, source = saved
-        first, level = source["epoch"], source["level"]
+        mask, weights, origin = load_fitting_ticket(args.ticket, model)
+        if origin.get("rewind") == "none":  # it is fine-tuned
+            lr_epoch = args.end_iter - 1
 
     if args.control == "shuffle":
-        mask = shuffle_layers(mask)
+        mask = shuffle_layers(mask, generator(args, "control"))
+        weights = load_dense_weights(args.ticket, model) if origin else weights
     elif args.control == "reinit":
-        weights, first = build().to(args.device).state_dict(), 0
+        torch.manual_seed(generator(args, "control").initial_seed())
+        weights, lr_epoch = build_model(**run.network).state_dict(), None
 
-    run.save_ticket(level, mask, weights, first, source)
+    mask, weights = run.ticket(goal.name, mask, weights, goal.level, first)
     rewind(model, weights, mask)
     optimizer = make_optimizer(model, args)
-    epochs, checkpoint = range(first, args.end_iter), run.checkpoint("train")
-    train(optimizer, mask, epochs, args.timestep, phase="train", level=level, checkpoint=checkpoint)
-    run.save_result(level, mask, model, data.test)
-    run.report()
+    train = run.stage("train", goal.level, model=model, optimizer=optimizer)
+    for epoch in train.epochs(range(first, args.end_iter)):
+        train.commit(epoch, trainer.epoch(optimizer, mask, epoch, args.timestep, goal.level, lr_epoch))
+    run.save_result(goal.name, goal.level, mask, model, data.test, search, train)
+    run.finish()
 
 
 if __name__ == "__main__":

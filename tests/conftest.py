@@ -1,102 +1,43 @@
 import importlib
-import shutil
+import shlex
 import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from filelock import FileLock
 
-from utils.files import read_tensors
-from utils.flags import METHODS, get_args
-from utils.records import identity, read_args, read_results, read_rows
+from utils.files import read_json
+from utils.stages import read_rows
 from utils.tickets import load_ticket
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-needs_a_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the CPU")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-torch.set_num_threads(1)  # small tensors; CI has two cores and subprocesses to run
+torch.set_num_threads(1)  # small tensors, and a worker for each core
 
-# the smallest runs that go through everything: a few seconds for the longest script
+# the smallest runs that go through everything; at this threshold every layer of the network fires
 TINY = (
-    "--dataset synthetic --train_samples 40 --test_samples 20 --width 0.0625 --batch_size 16 --timestep 3 --end_iter 4 "
-    "--rewinding_epoch 2 --prune_iterations 3 --valid_freq 2 --learning_rate 0.1 --device cpu "
-    "--eb_window 1 --eb_tolerance 0.2 --early_time_epoch 1 --early_time_threshold 1.5 --early_time_samples 20"
-).split()
-
-
-def pytest_addoption(parser):
-    parser.addoption("--torture", action="store_true", help="the long form of tests/test_torture.py, 8 minutes")
-
-
-@pytest.fixture(scope="session")
-def torture(pytestconfig):
-    """Whether the long form was asked for."""
-    return pytestconfig.getoption("--torture")
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    """Flags of a tiny run that writes below the test's folder."""
-    return [*TINY, "--output_dir", str(tmp_path / "runs")]
-
-
-@pytest.fixture
-def tiny_args(tiny):
-    def make(method="laterewindlth", *more):
-        return get_args(method, None, [*tiny, *more])
-
-    return make
+    "--dataset synthetic --train_samples 40 --test_samples 20 --arch alexnet --width 0.05 --v_threshold 0.5 "
+    "--batch_size 8 --timestep 4 --end_iter 4 --valid_freq 2 --learning_rate 0.1 --device cpu"
+)
+ROUNDS = " --prune_iterations 3"
+REWINDING = f"{ROUNDS} --rewinding_epoch 2"
+BIRD = f"{ROUNDS} --eb_window 1 --eb_tolerance 0.2"
+TIME = " --early_time_epoch 1 --early_time_threshold 1.5 --early_time_samples 20"
+FLAGS = {
+    "laterewindlth": TINY + REWINDING,
+    "earlyT_laterewindlth": TINY + REWINDING + TIME,
+    "earlybird": TINY + BIRD,
+    "earlyT_earlybird": TINY + BIRD + TIME,
+    "oneshot": TINY + ROUNDS,
+}
 
 
 def script(method):
     """The main function of a script."""
-    assert method in METHODS
     return importlib.import_module(f"train_snn_{method}").main
-
-
-def folder_of(tmp_path, method, round=1, arch="vgg16"):
-    method = "oneshot-random" if method == "oneshot" else method
-    return tmp_path / "runs" / method / f"synthetic-{arch}-round{round}"
-
-
-def lively(model, images):
-    """Bring the running statistics close to the data's, so that an untrained network fires in eval mode, up to the
-    hidden layers of ResNet19 and AlexNet, which no batch norm feeds."""
-    *hidden, _ = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    for layer in hidden:
-        layer.weight.data.mul_(20)
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 0.5
-    with torch.no_grad():
-        for _ in range(10):
-            model.train()(images, 3)
-    for norm in norms:
-        norm.momentum = 0.1
-    return model
-
-
-def make_tree(root, splits=("train", "test"), classes=("ant", "bee"), count=3, size=32, mode="RGB"):
-    """A tree of image files, as a user would lay it out."""
-    generator = np.random.default_rng(0)
-    for split in splits:
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                shape = (size, size, 3) if mode == "RGB" else (size, size)
-                Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(
-                    root / split / name / f"{i}.png"
-                )
-
-
-def kernels():
-    """How many graphs torch.compile has made so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 class Finished:
@@ -104,26 +45,47 @@ class Finished:
 
     def __init__(self, folder):
         self.folder = folder
-        self.args = read_args(folder / "args.json", "")
-        self.rows = read_rows(folder / "metrics.jsonl", "", identity(self.args))
-        self.results = read_results(folder / "results.json", "", identity(self.args))
+        self.args = read_json(folder / "args.json")
+        self.rows = read_rows(folder / "metrics.jsonl")
+        self.results = read_json(folder / "results.json")
 
-    def stage(self, phase, level):
+    def stage(self, phase, level=0):
         return [row for row in self.rows if (row["phase"], row["level"]) == (phase, level)]
 
-    def ticket(self, level):
-        return load_ticket(self.folder / "tickets" / f"level_{level:02d}.safetensors")
+    def ticket(self, name):
+        return load_ticket(self.folder / "tickets" / f"{name}.safetensors")
 
-    def network(self, stage):
-        tensors, _ = read_tensors(self.folder / "checkpoints" / f"{stage}.safetensors", "")
-        return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    def network(self, name):
+        return load_ticket(self.folder / "networks" / f"{name}.safetensors")
+
+
+def go(root, method, *more):
+    """Run a script in this process, and read what it left; ``root`` takes the run."""
+    flags = [*shlex.split(FLAGS.get(method, TINY + ROUNDS)), *more, "--output_dir", str(root)]
+    before = set(root.rglob("summary.txt")) if root.exists() else set()
+    script(method)(flags)
+    new = set(root.rglob("summary.txt")) - before
+    assert len(new) == 1, "one run was finished"
+    return Finished(new.pop().parent)
 
 
 @pytest.fixture
-def run(tmp_path, tiny):
-    def go(method, *more, arch="vgg16"):
-        script(method)([*tiny, *more, "--arch", arch])
-        name = get_args(method, None, [*tiny, *more]).exp_name
-        return Finished(tmp_path / "runs" / name / f"synthetic-{arch}-round1")
+def run(tmp_path):
+    """Runs a script with the tiny flags of its method and more, below the test's folder."""
+    return lambda method, *more: go(tmp_path / "runs", method, *more)
 
-    return go
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, worker_id):
+    """The finished tiny run of a method, made once for all workers; not to be written to."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "finished"
+
+    def find(method, *more):
+        place = root / "-".join([method, *more]).replace("/", "_")
+        with FileLock(f"{place}.lock"):
+            done = [path.parent for path in place.rglob("summary.txt")]
+            return Finished(done[0]) if done else go(place, method, *more)
+
+    root.mkdir(exist_ok=True)
+    return find

@@ -1,27 +1,67 @@
 """Early-Bird tickets: when a mask has settled (section 3.2)."""
 
-from collections import deque
+from torch import Tensor
 
-from .masks import Mask, distance
+from .flags import Parser, between, count
+from .masks import DISTANCES, Mask, distance
 
-
-def recent_masks(window: int) -> "deque[Mask]":
-    """Room for the current mask and the ``window`` masks before it; the oldest leaves when a new one comes."""
-    return deque(maxlen=window + 1)
+TOLERANCES = {"hamming": 0.02, "jaccard": 0.5}
 
 
-def window_distance(recent: "deque[Mask]", kind: str = "hamming") -> float:
-    """Largest distance, 0 to 1, from the newest mask to those before it in the window (0 if it is alone)."""
-    *earlier, current = recent
-    return max((distance(current, mask, kind) for mask in earlier), default=0.0)
-
-
-def has_settled(recent: "deque[Mask]", tolerance: float, kind: str = "hamming") -> bool:
-    """Whether the newest mask is an Early-Bird ticket: the window is full and all in it are closer than ``tolerance``.
+class EarlyBird:
+    """Watches the masks of a network in training, one an epoch, until the newest is an Early-Bird ticket.
 
     Args:
-        recent: from ``recent_masks``, oldest first; masks of trained networks only, one an epoch.
-        tolerance: the paper's tau, 0 to 1; the largest distance must be below it.
+        window: the paper's q, how many earlier masks the newest is compared with. None of them may be of the untrained
+            network.
+        tolerance: the paper's tau, 0 to 1; all distances must be below it.
         kind: the distance, see ``masks.distance``.
     """
-    return len(recent) == recent.maxlen and window_distance(recent, kind) < tolerance
+
+    def __init__(self, window: int, tolerance: float, kind: str = "hamming"):
+        self.window, self.tolerance, self.kind = window, tolerance, kind
+        self.recent: list[Mask] = []  # oldest first
+
+    def observe(self, mask: Mask) -> dict:
+        """Take in the mask of one more epoch.
+
+        Returns:
+            For the log: the largest distance, 0 to 1, from this mask to those before it in the window, by kind (0 if it
+            is alone), and whether it has settled.
+        """
+        self.recent = [*self.recent, mask][-self.window - 1 :]
+        distances = {kind: self._largest_distance(kind) for kind in DISTANCES}
+        return {**distances, "settled": self.settled}
+
+    @property
+    def mask(self) -> Mask:
+        """The newest mask, empty before the first."""
+        return self.recent[-1] if self.recent else {}
+
+    @property
+    def settled(self) -> bool:
+        """Whether the window is full and all in it are close to the newest mask."""
+        return len(self.recent) > self.window and self._largest_distance(self.kind) < self.tolerance
+
+    def _largest_distance(self, kind: str) -> float:
+        return max((distance(self.mask, earlier, kind) for earlier in self.recent[:-1]), default=0.0)
+
+    def state_dict(self) -> dict[str, list[dict[str, Tensor]]]:
+        return {"recent": self.recent}
+
+    def load_state_dict(self, state: dict[str, list[dict[str, Tensor]]]) -> None:
+        self.recent = list(state["recent"])
+
+
+def early_bird_flags(parser: Parser) -> None:
+    flag = parser.section("Early-Bird")
+    flag("--eb_window", count, 5, "Q", "masks of earlier epochs that the current one is compared with")
+    flag("--eb_distance", DISTANCES, "hamming", None, "differing entries over all entries, or over those either keeps")
+    flag(
+        "--eb_tolerance",
+        between(0, 1),
+        lambda flags: TOLERANCES[flags.eb_distance],
+        "TAU",
+        "a mask has settled when all distances in the window are below this fraction",
+        shown=", ".join(f"{tolerance} for {kind}" for kind, tolerance in TOLERANCES.items()),
+    )

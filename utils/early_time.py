@@ -5,8 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from .flags import Parser, not_negative, positive_int
+
 DIVERGENCES = ("kl", "js")
 SILENCE = 1e-12  # nats; a divergence below it is rounding
+FEWEST = 2  # timesteps to consider; the paper leaves out 1, which has no dynamics
 
 
 def divergence(log_p: Tensor, log_q: Tensor, kind: str = "kl") -> Tensor:
@@ -29,46 +32,106 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: str = "kl") -> Tensor:
     return (divergence(log_p, log_m) + divergence(log_q, log_m)) / 2
 
 
-def divergences(logits: Tensor, kind: str = "kl", fewest: int = 2) -> list[float]:
-    """Normalised divergence of the prediction after t timesteps from that after all T, for t = fewest .. T-1.
+def divergences(logits: Tensor, kind: str = "kl") -> list[float]:
+    """Normalised divergence of the prediction after t timesteps from that after all T, for t = 2 .. T-1.
 
     An SNN is causal: in eval mode its first t outputs are those of a run of t timesteps, so one run of T timesteps
     holds them all. P_t is the softmax of the mean of the first t logits; its divergence from P_T is averaged over the
-    images and divided by its value at ``fewest``. A network that says the same after any number of timesteps (a silent
+    images and divided by its value at t = 2. A network that says the same after any number of timesteps (a silent
     one, or an ANN) tells nothing about time: its divergences are all 1, which keeps T.
 
     Args:
         logits: [T, N, classes].
         kind: ``kl`` or ``js``, see ``divergence``.
-        fewest: the smallest number of timesteps to consider; the paper leaves out 1, which has no dynamics.
 
     Raises:
         ValueError: an unknown kind, T leaves no candidate, or a logit is not finite.
     """
     timesteps = len(logits)
-    if timesteps <= fewest:
-        raise ValueError(f"early time needs more than {fewest} timesteps, got {timesteps}")
+    if timesteps <= FEWEST:
+        raise ValueError(f"early time needs more than {FEWEST} timesteps, got {timesteps}")
     if not logits.isfinite().all():
         raise ValueError("early time needs finite logits")
     steps = torch.arange(1, timesteps + 1, device=logits.device).view(-1, 1, 1)
     log_p = (logits.double().cumsum(0) / steps).log_softmax(dim=-1)  # [T,N,classes], row t-1 is P_t
-    values = divergence(log_p[fewest - 1 : -1], log_p[-1], kind).mean(-1)  # [T-fewest]
+    values = divergence(log_p[FEWEST - 1 : -1], log_p[-1], kind).mean(-1)  # [T-2]
     return (values / values[0] if values[0] > SILENCE else torch.ones_like(values)).tolist()
 
 
-def early_time(logits: Tensor, threshold: float, kind: str = "kl", fewest: int = 2) -> int:
-    """The smallest number of timesteps whose normalised divergence is below the threshold; T if there is none.
+class EarlyTime:
+    """Chooses the timesteps of a search, once: the fewest whose predictions are close to those of all T.
 
     Args:
-        logits: [T, N, classes] of a network run for T timesteps in eval mode.
-        threshold: the paper's lambda; 0 always gives T.
+        timesteps: T.
+        epoch: epochs of training at T before the choice.
+        threshold: the paper's lambda; T_early is the smallest t whose normalised divergence is below it, T if there is
+            none (0 always keeps T).
         kind: see ``divergence``.
-        fewest: see ``divergences``.
 
-    Raises:
-        ValueError: see ``divergences``.
+    Attributes:
+        timesteps: those to search with, T until the choice is made.
     """
-    for t, value in enumerate(divergences(logits, kind, fewest), start=fewest):
-        if value < threshold:
-            return t
-    return len(logits)
+
+    def __init__(self, timesteps: int, epoch: int, threshold: float, kind: str = "kl"):
+        self.timesteps, self.epoch, self.threshold, self.kind = timesteps, epoch, threshold, kind
+        self.decided = False
+
+    def observe(self, epoch: int, logits: Tensor) -> dict:
+        """Look at the predictions after an epoch, and choose if it is time to.
+
+        Args:
+            epoch: the epoch that has been trained, from 0.
+            logits: [T, N, classes] of un-augmented training images in eval mode.
+
+        Returns:
+            For the log: ``divergences`` of t = 2 .. T-1 timesteps and, after the epoch that decides, ``early_time``.
+
+        Raises:
+            ValueError: see ``divergences``.
+        """
+        values = divergences(logits, self.kind)
+        if self.decided or epoch + 1 < self.epoch:
+            return {"divergences": values}
+        close = (t for t, value in enumerate(values, start=FEWEST) if value < self.threshold)
+        self.timesteps, self.decided = next(close, len(logits)), True
+        return {"divergences": values, "early_time": self.timesteps}
+
+    def state_dict(self) -> dict:
+        return {"timesteps": self.timesteps, "decided": self.decided}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.timesteps, self.decided = state["timesteps"], state["decided"]
+
+
+def early_time_flags(parser: Parser) -> None:
+    flag = parser.section("Early-Time")
+    flag(
+        "--early_time_epoch",
+        positive_int,
+        2,
+        "EPOCHS",
+        "epochs of training at T before the timesteps of the search are chosen",
+        below="end_iter",
+    )
+    flag(
+        "--early_time_threshold",
+        not_negative,
+        0.6,
+        "LAMBDA",
+        "search with the fewest timesteps whose normalised divergence is below this; 0 keeps T",
+    )
+    flag(
+        "--early_time_samples",
+        positive_int,
+        1000,
+        "N",
+        "training images that the divergence is measured on; all, if there are fewer",
+    )
+    flag(
+        "--divergence",
+        DIVERGENCES,
+        "kl",
+        None,
+        "how predictions of fewer timesteps are compared with those of T: Kullback-Leibler or Jensen-Shannon",
+    )
+    parser.require("--timestep", FEWEST + 1, "Early-Time needs timesteps to choose from")

@@ -2,37 +2,39 @@
 
 import json
 import os
-import socket
+import shutil
 import uuid
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .errors import DamagedError, InputError, InUseError
-
-TEMPORARY = ".tmp"  # ending of a file that is being written; one left behind by a killed run is worthless
+TEMPORARY = ".tmp"  # ending of a file that is being written
 
 
-def _replace(path: Path, write, before: Path | None = None) -> None:
-    # two processes, on two machines perhaps, may write one file: the cache of a data set
+class InputError(Exception):
+    """Something the user gave (a flag, a file, a folder) cannot be used; the message says what to do. Exit code 2."""
+
+
+class DamagedError(InputError):
+    """A file does not hold what such a file holds."""
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        if before is not None and path.exists():
-            os.replace(path, before)
         os.replace(temporary, path)
-    except (Exception, KeyboardInterrupt) as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say which
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,103 +52,81 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path, remedy: str):
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file; it is on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path):
     """Read a JSON file.
 
     Raises:
-        DamagedError: it is not JSON; the message names the file and the remedy.
+        DamagedError: it is not JSON; the message names the file.
+        OSError: it cannot be opened.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
+        raise DamagedError(f"{path} is damaged ({error})") from error
 
 
-def hold(path: Path, complaint: str) -> FileLock:
-    """Take the lock that a file stands for. It is held until it is released, or the process ends, however it ends.
-
-    Args:
-        path: the file, which stays. The holder's name stands in another one beside it.
-        complaint: what the message begins with if another process holds it.
+def check_fields(path: Path, value, fields: tuple[str, ...]) -> None:
+    """Check that what a file holds is a JSON object with these fields.
 
     Raises:
-        InUseError: another process holds it.
+        DamagedError: it is not; the message names the file and the field.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(path, timeout=0, is_singleton=True), path.with_name(path.name + ".holder")
-    try:
-        lock.acquire()
-    except Timeout as error:
-        name = holder.read_text(errors="replace") if holder.exists() else "another process"
-        raise InUseError(f"{complaint} by {name}") from error
-    write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
-    return lock
+    missing = [field for field in fields if not isinstance(value, dict) or field not in value]
+    if missing:
+        raise DamagedError(f"{path} is damaged ({missing[0]} is missing)")
 
 
-def sealed(row: dict, after: str = "") -> dict:
-    """The row with a checksum of all that it holds, in the field ``checksum``; and of the checksum that it comes after,
-    so that no row of a chain can be lost from its middle, doubled or moved."""
-    return row | {"checksum": checksum({}, after + json.dumps(row, sort_keys=True))}
-
-
-def unsealed(row, after: str = "") -> dict:
-    """The row that was sealed.
-
-    Raises:
-        ValueError: it is no JSON object, has changed since, or came after another one.
-    """
-    if not isinstance(row, dict):
-        raise ValueError("no JSON object")
-    held = {name: value for name, value in row.items() if name != "checksum"}
-    if row.get("checksum") != sealed(held, after)["checksum"]:
-        raise ValueError("a checksum does not match")
-    return held
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict, before: Path | None = None) -> None:
-    """Write tensors and JSON metadata as safetensors with a checksum, whole or not at all. A file that is there is kept
-    as ``before``, if that is given."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    """Write tensors and JSON metadata as safetensors, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(metadata)
-    header = {"metadata": text, "checksum": checksum(tensors, text)}
-    # through bytes: save_file would make a file that only its owner may read
-    _replace(path, lambda temporary: temporary.write_bytes(safetensors.torch.save(tensors, header)), before)
+    header = {"metadata": json.dumps({"order": list(tensors), **metadata})}
+    write_bytes(path, safetensors.torch.save(tensors, header))
 
 
-def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict]:
-    """Read what ``write_tensors`` wrote: CPU tensors by name, and the metadata.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Read what ``write_tensors`` wrote: CPU tensors by name, in the order that they were written in, and the metadata.
 
     Raises:
-        DamagedError: the file is damaged or of another kind; the message names it and the remedy.
-        InputError: it is of an earlier version.
+        DamagedError: the file is damaged or of another kind; the message names it.
         OSError: it cannot be opened.
     """
-    data = path.read_bytes()  # not mapped: what is checked here cannot change later, nor the file be cut under us
+    metadata = read_metadata(path)
     try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        metadata = json.loads(header["metadata"])
-        if not isinstance(metadata, dict):
-            raise ValueError("its metadata are no JSON object")
-        if header["checksum"] == checksum(tensors):
-            raise InputError(f"{path} was written by an earlier version, this one does not read it: {remedy}")
-        if header["checksum"] != checksum(tensors, header["metadata"]):
-            raise ValueError("its checksum does not match")
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DamagedError(f"{path} is damaged ({error}): {remedy}") from error
-    return tensors, metadata
+        tensors = safetensors.torch.load(path.read_bytes())  # in any order
+        return {name: tensors[name] for name in metadata.pop("order")}, metadata
+    except (safetensors.SafetensorError, LookupError, ValueError) as error:
+        raise DamagedError(f"{path} is damaged ({error})") from error
 
 
-def checksum(tensors: dict[str, Tensor], text: str = "") -> str:
-    """A checksum of names, types, shapes and values, the same on every device, and of a text beside them."""
-    crc = zlib.crc32(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
-    return f"crc32:{crc:08x}"
+def read_metadata(path: Path) -> dict:
+    """Read the metadata of what ``write_tensors`` wrote, without the tensors; errors as in ``read_tensors``."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = json.loads(header["__metadata__"]["metadata"])
+        if sorted(metadata["order"]) != sorted(header.keys() - {"__metadata__"}):
+            raise ValueError("it does not hold the tensors that it lists")
+        return metadata
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
+        raise DamagedError(f"{path} is damaged or not a file of this project ({error})") from error
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, named without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder. It is moved away first: one that is half deleted must not look whole."""
+    away = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(away, ignore_errors=True)  # left by a deletion that was interrupted
+    if folder.exists():
+        shutil.rmtree(folder.rename(away))

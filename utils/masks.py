@@ -1,4 +1,4 @@
-"""What a ticket is: scores -> mask, prune, rewind, sparsity, distance.
+"""What a ticket is: prune, rewind, sparsity, distance.
 
 A mask is a ``dict[str, Tensor]``: parameter name -> bool tensor of the parameter's shape, True keeps the weight. It
 covers the prunable weights, which are the kernels of convolutions and linear layers; biases and batch norm are never
@@ -26,16 +26,6 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
 def dense_mask(model: nn.Module) -> Mask:
     """The mask that keeps everything."""
     return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable(model).items()}
-
-
-def magnitude_scores(model: nn.Module) -> dict[str, Tensor]:
-    """|w| of every prunable weight (section 3.1)."""
-    return {name: weight.detach().abs() for name, weight in prunable(model).items()}
-
-
-def random_scores(model: nn.Module) -> dict[str, Tensor]:
-    """Uniform random scores from torch's global CPU generator, for random pruning; the same on every device."""
-    return {name: torch.rand(weight.shape).to(weight.device) for name, weight in prunable(model).items()}
 
 
 def drop_lowest(scores: dict[str, Tensor], mask: Mask, fraction: float, scope: str = "global") -> Mask:
@@ -91,16 +81,6 @@ def _kth_smallest(values: Tensor, k: int) -> float | Tensor:
     return values.kthvalue(k).values
 
 
-def prune_by_magnitude(model: nn.Module, mask: Mask, fraction: float, scope: str = "global") -> Mask:
-    """One pruning of IMP: the mask without the given fraction of its survivors, the smallest weights (section 3.1)."""
-    return drop_lowest(magnitude_scores(model), mask, fraction, scope)
-
-
-def magnitude_mask(model: nn.Module, target: float, scope: str = "global") -> Mask:
-    """One-shot magnitude pruning of the dense network to the sparsity ``target`` (0 to 1): EB's mask of an epoch."""
-    return drop_lowest(magnitude_scores(model), dense_mask(model), target, scope)
-
-
 def sparsity_after(prunings: int, fraction: float) -> float:
     """Sparsity, 0 to 1, that a number of prunings of the given fraction of the survivors reach: 1 - (1 - f)^n."""
     return 1 - (1 - fraction) ** prunings
@@ -146,10 +126,11 @@ def distance(a: Mask, b: Mask, kind: str = "hamming") -> float:
     return float(differing) / max(1, int(sum((a[name] | b[name]).count_nonzero() for name in a)))
 
 
-def shuffle_layers(mask: Mask) -> Mask:
-    """The mask with its entries permuted within each layer, by torch's global CPU generator: every layer keeps its
-    sparsity and loses its structure (Frankle et al. 2021; Su et al. 2020)."""
-    return {name: m.flatten()[torch.randperm(m.numel()).to(m.device)].view(m.shape) for name, m in mask.items()}
+def shuffle_layers(mask: Mask, generator: torch.Generator) -> Mask:
+    """The mask with its entries permuted within each layer, in the mask's order: every layer keeps its sparsity and
+    loses its structure (Frankle et al. 2021; Su et al. 2020). ``generator`` is one of the CPU."""
+    orders = {name: torch.randperm(m.numel(), generator=generator).to(m.device) for name, m in mask.items()}
+    return {name: m.flatten()[orders[name]].view(m.shape) for name, m in mask.items()}
 
 
 def apply_mask(model: nn.Module, mask: Mask) -> None:

@@ -1,56 +1,110 @@
-"""Reading tickets: a mask, the weights to start from, and where they come from."""
+"""Tickets and trained sparse networks as files: a mask, the surviving weights, and where they come from.
+
+A mask is stored as bits, of a pruned layer only the surviving weights, everything else (biases, batch norm) whole. The
+metadata holds what ``build_model`` needs, so that a file is enough to rebuild the network.
+"""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
-from .files import part, read_tensors
-from .masks import REWINDS, Mask, prunable
+from models import build_model
 
-WRONG_TICKET = "name a file of a run's tickets folder"
+from .files import DamagedError, InputError, part, read_tensors, write_tensors
+from .masks import Mask, apply_mask, prunable
+
+Ticket = tuple[Mask, dict[str, Tensor], dict]
+WANTED = "name a file of a run's folder tickets or networks"
 
 
-def load_ticket(
-    path: Path | str, remedy: str = "remove it and run the command that made it again"
-) -> tuple[Mask, dict[str, Tensor], dict]:
-    """Read a ticket: its mask, the weights to start from (a state dict), and where it comes from.
+def write_ticket(path: Path, mask: Mask, state: dict[str, Tensor], origin: dict) -> None:
+    """Write a mask and a network's state, whole or not at all.
+
+    Args:
+        path: the file.
+        mask: what is kept.
+        state: the network's state dict; what the mask prunes is left out.
+        origin: where it comes from, as JSON; ``network`` holds the arguments of ``build_model``.
+    """
+    tensors = {f"mask.{n}": torch.from_numpy(np.packbits(m.cpu().numpy())) for n, m in mask.items()}
+    tensors |= {f"weights.{n}": value[mask[n]] if n in mask else value for n, value in state.items()}
+    write_tensors(path, tensors, {"shapes": {n: list(m.shape) for n, m in mask.items()}, "origin": origin})
+
+
+def load_ticket(path: Path | str, device: str = "cpu") -> Ticket:
+    """Read a ticket: its mask, its weights (a state dict, pruned weights 0), and where it comes from; masks and weights
+    are in the network's order.
 
     Raises:
-        InputError: the file is damaged or not a ticket; the message names it and the remedy.
+        DamagedError: the file is damaged or not a ticket; the message names it.
         OSError: it cannot be opened.
     """
-    tensors, origin = read_tensors(Path(path), remedy)
-    mask, weights = part(tensors, "mask."), part(tensors, "weights.")
-    if not mask or any(name not in weights or m.shape != weights[name].shape for name, m in mask.items()):
-        raise InputError(f"{path} is not a ticket (a mask, and weights for each of its entries): {remedy}")
-    if any(m.dtype != torch.bool for m in mask.values()) or not all(w.isfinite().all() for w in weights.values()):
-        raise InputError(f"{path} is not a ticket (bool masks and finite weights): {remedy}")
-    if not isinstance(origin, dict) or any(not _is_count(origin.get(name)) for name in ("level", "epoch")):
-        raise InputError(f"{path} does not say its level and epoch: {remedy}")
-    if origin.get("rewind", REWINDS[0]) not in REWINDS:
-        raise InputError(f"{path} is of --rewind {origin['rewind']!r}, not {', '.join(REWINDS)}: {remedy}")
+    tensors, metadata = read_tensors(Path(path))
+    try:
+        origin, mask = metadata["origin"], {}
+        for name, shape in metadata["shapes"].items():
+            bits = np.unpackbits(tensors[f"mask.{name}"].numpy(), count=int(np.prod(shape)))
+            mask[name] = torch.from_numpy(bits).bool().view(shape).to(device)
+        weights = {n: value.to(device) for n, value in part(tensors, "weights.").items()}
+        for name, kept in mask.items():
+            dense = weights[name].new_zeros(kept.shape)
+            dense[kept] = weights[name]
+            weights[name] = dense
+        origin["network"], origin["level"], origin["epoch"]
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise DamagedError(f"{path} is not a ticket ({error}): {WANTED}") from error
     return mask, weights, origin
 
 
-def load_fitting_ticket(path: Path | str, model: nn.Module) -> tuple[Mask, dict[str, Tensor], dict]:
-    """Read a ticket onto the device of the model it is for.
+def load_fitting_ticket(path: Path | str, model: nn.Module) -> Ticket:
+    """Read a ticket onto the device of the model that it is for.
 
     Raises:
         InputError: the ticket is damaged, or does not fit the model; the message names the first parameter that
             differs.
         OSError: it cannot be opened.
     """
-    mask, weights, origin = load_ticket(path, WRONG_TICKET)
-    state, device = model.state_dict(), next(model.parameters()).device
-    for ours, theirs in ((state, weights), (prunable(model), mask)):
+    mask, weights, origin = load_ticket(path, str(next(model.parameters()).device))
+    for ours, theirs in ((model.state_dict(), weights), (prunable(model), mask)):
         for name in [*ours, *theirs]:
             a, b = (tuple(tensors[name].shape) if name in tensors else "not there" for tensors in (ours, theirs))
             if a != b:
                 raise InputError(f"{path} does not fit this network: {name} is {b} in the ticket, {a} in the network")
-    return {n: m.to(device) for n, m in mask.items()}, {n: w.to(device) for n, w in weights.items()}, origin
+    return mask, weights, origin
 
 
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def load_dense_weights(path: Path | str, model: nn.Module) -> dict[str, Tensor]:
+    """The weights that a ticket was cut from, pruned ones included: its run holds them once, in another file of the
+    ticket's folder.
+
+    Raises:
+        InputError: that file is damaged or of another network, or there is none.
+        OSError: it cannot be opened.
+    """
+    _, _, origin = load_ticket(path)
+    if origin.get("dense") is None:
+        raise InputError(f"{path} was not cut from weights that its run has kept (--rewind {origin.get('rewind')})")
+    return load_fitting_ticket(Path(path).with_name(origin["dense"]), model)[1]
+
+
+def load_ticket_network(path: Path | str, device: str = "cpu") -> tuple[nn.Module, Mask, dict]:
+    """Rebuild a network from a ticket, or from a trained network of a run (its folder ``networks``).
+
+    Returns:
+        The network, ``model(images [B,C,H,W], timesteps) -> logits [T,B,classes]``, pruned; its mask; and where it
+        comes from.
+
+    Raises:
+        DamagedError: the file is damaged or not a ticket.
+        OSError: it cannot be opened.
+    """
+    mask, weights, origin = load_ticket(path, device)
+    try:
+        model = build_model(**origin["network"]).to(device)
+        model.load_state_dict(weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DamagedError(f"{path} does not hold the network that it names ({error})") from error
+    apply_mask(model, mask)
+    return model, mask, origin
