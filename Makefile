@@ -1,9 +1,17 @@
-# Each target sets up .venv by itself: make demo | make report | make test | make torture | make bench | make lint
+# Each target sets up .venv by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: demo report test torture bench lint clean
+.PHONY: help demo report test test-all bench lint clean
+
+help:
+	@echo "make demo      EB + ET on handwritten digits, and the report of this run"
+	@echo "make report    tables, figures and one page from runs/"
+	@echo "make test      the fast tests        make test-all   all tests        make lint   ruff"
+	@echo "make bench     speed against the authors' style; make bench ARGS=--quick"
+	@echo "make clean     removes $(VENV) and caches"
 
 demo: $(VENV)/ready
 	$(BIN)/python train_snn_earlyT_earlybird.py --dataset digits --arch vgg16 --width 0.25 --batch_size 16 \
@@ -15,12 +23,11 @@ report: $(VENV)/ready
 	$(BIN)/python report.py runs/ --out report/
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
 
-torture: $(VENV)/ready-dev
-	$(BIN)/python -m pytest tests/test_torture.py --torture -s
+test-all: $(VENV)/ready-dev
+	$(PYTEST)
 
-# make bench ARGS=--quick
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
