@@ -1,237 +1,329 @@
+import copy
 import itertools
 import math
-import time
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import kernels, lively, needs_a_compiler
+from conftest import TINY
+from networks import lively
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from models import build_model
-from models.layers import NormAndFire, compile_blocks
+from utils import training
 from utils.data import load_data
-from utils.errors import DivergedError
-from utils.masks import dense_mask, magnitude_mask, prunable, rewind
-from utils.runs import Run
-from utils.training import evaluate, fit, forward, learning_rate, loss_over_time, make_optimizer, predict
+from utils.flags import get_args
+from utils.masks import dense_mask, prunable, rewind
+from utils.scores import magnitude_mask
+from utils.training import DivergedError, Trainer, forward, generator, learning_rate, loss_over_time, make_optimizer
+
+
+def flags(*more):
+    return get_args("train_snn_mine.py", "mine", None, [*TINY.split(), *more])
 
 
 @pytest.fixture
-def stage(tiny_args):
-    """A tiny model with its data, flags and run."""
+def trainer():
+    """A trainer of a small network that fires, with 5 steps an epoch, the last of them of 4 images."""
 
-    def make(*flags):
-        args = tiny_args("laterewindlth", *flags)
-        data, run = load_data(args), Run(args)
-        run.begin(data)
+    def make(*more, double=False):
+        args = flags("--train_samples", "36", *more)
+        data = load_data(args)
         torch.manual_seed(0)
-        return build_model(args.arch, data.channels, data.classes, width=args.width), data, args, run
+        model = build_model(
+            args.arch, data.channels, data.classes, args.neuron, args.width, v_threshold=args.v_threshold
+        )
+        if args.neuron == "lif":
+            lively(model, next(data.train.batches(36))[0])
+        if double:
+            model.double().register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
+        return Trainer(model, data, args)
 
     return make
 
 
+def train(trainer, mask=None, epochs=(0,), optimizer=None, **more):
+    optimizer = optimizer or make_optimizer(trainer.model, trainer.args)
+    return [trainer.epoch(optimizer, mask, epoch, 3, **more) for epoch in epochs]
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def batches_of(trainer, epoch, level=0):
+    """The batches of an epoch as they are documented: order and augmentation have a generator each."""
+    draws = (generator(trainer.args, purpose, level, epoch) for purpose in ("shuffle", "augment"))
+    return trainer.data.train.augmented_batches(trainer.args.batch_size, *draws)
+
+
+# --- schedule, loss, generators --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 7, 300])
-def test_learning_rates_are_torchs_schedulers(tiny_args, epochs):
-    for name, make in (
-        ("cosine", lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)),
-        (
-            "step",
-            lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)], 0.1),
-        ),
-    ):
-        args = tiny_args(
-            "laterewindlth",
-            "--scheduler",
-            name,
-            "--end_iter",
-            str(epochs),
-            "--learning_rate",
-            "0.3",
-            "--rewinding_epoch",
-            "0",
-        )
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.3)
-        scheduler = make(optimizer)
-        for epoch in range(epochs):
-            assert learning_rate(args, epoch) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
-            optimizer.step()
-            scheduler.step()
+@pytest.mark.parametrize("scheduler", ["cosine", "step"])
+def test_learning_rates_are_torchs_schedulers(epochs, scheduler):
+    args = flags("--scheduler", scheduler, "--end_iter", str(epochs), "--learning_rate", "0.3")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.3)
+    tenths = [math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)]
+    theirs = {
+        "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+        "step": torch.optim.lr_scheduler.MultiStepLR(optimizer, tenths, 0.1),
+    }[scheduler]
+    optimizer.param_groups[0]["lr"] = 0.3
+    for epoch in range(epochs):
+        assert learning_rate(args, epoch) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        theirs.step()
 
 
-def test_the_cosine_ends_at_0_once_at_the_end(tiny_args):
-    args = tiny_args("laterewindlth", "--end_iter", "300", "--learning_rate", "0.3")
-    rates = [learning_rate(args, epoch) for epoch in range(301)]
-    assert rates[0] == 0.3
-    assert all(a > b for a, b in itertools.pairwise(rates))
-    assert rates[300] == pytest.approx(0, abs=1e-15)
-    assert rates[150] == pytest.approx(0.15)
+def test_an_epoch_trains_at_its_own_rate_or_at_that_of_another_epoch(trainer):
+    ours = trainer()
+    optimizer = make_optimizer(ours.model, ours.args)
+    for epoch, lr_epoch in ((0, None), (2, None), (0, 3), (2, 0)):
+        (row,) = train(ours, None, [epoch], optimizer, lr_epoch=lr_epoch)
+        expected = learning_rate(ours.args, epoch if lr_epoch is None else lr_epoch)
+        assert row["lr"] == expected == optimizer.param_groups[0]["lr"]
 
 
-def test_loss_is_the_mean_over_the_timesteps_that_were_run():
-    torch.manual_seed(0)
+def test_the_loss_is_the_mean_over_the_timesteps_that_were_run():
     logits, labels = torch.randn(5, 4, 3), torch.tensor([0, 1, 2, 1])
-    expected = sum(F.cross_entropy(step, labels) for step in logits) / 5
-    torch.testing.assert_close(loss_over_time(logits, labels), expected)
-    same = logits[:1].expand(5, 4, 3)
-    torch.testing.assert_close(loss_over_time(same[:3], labels), loss_over_time(same, labels))
+    torch.testing.assert_close(loss_over_time(logits, labels), sum(F.cross_entropy(o, labels) for o in logits) / 5)
+    assert loss_over_time(logits.bfloat16(), labels).dtype == torch.float32
+
+
+def test_generators_differ_by_purpose_level_epoch_seed_and_round():
+    settings = [flags("--seed", seed, "--round", round) for seed in "123" for round in "123"]
+    places = list(itertools.product(settings, ("shuffle", "augment"), (0, 1, 2), (0, 1, 2)))
+    draws = {tuple(torch.rand(2, generator=generator(*place)).tolist()) for place in places}
+    assert len(draws) == len(places)
+    torch.manual_seed(5)
+    assert {tuple(torch.rand(2, generator=generator(*place)).tolist()) for place in places} == draws
+
+
+# --- one epoch -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_pruned_weights_are_0_and_all_survivors_move(stage, optimizer):
-    model, data, args, run = stage("--optimizer", optimizer, "--learning_rate", "0.01")
-    lively(model, torch.randn(8, 3, 32, 32))
-    mask = magnitude_mask(model, 0.8, "local")
-    weights = prunable(model)
-    rewind(model, model.state_dict(), mask)
-    kept = mask["classifier.weight"].nonzero()[0]
-    with torch.no_grad():  # a live weight may be 0: it is not pruned and must still learn
-        weights["classifier.weight"][tuple(kept)] = 0.0
-    before = {n: w.detach().clone() for n, w in weights.items()}
-    fit(model, data, args, make_optimizer(model, args), mask, range(0, 2), 3, run)
-    for n, w in prunable(model).items():
-        assert (w[~mask[n]] == 0).all(), n
-    assert weights["classifier.weight"][tuple(kept)] != 0
-    moved = torch.cat([(w != before[n])[mask[n]] for n, w in weights.items()])
+def test_masked_training_equals_masked_gradients(trainer, optimizer):
+    """The plain way, in fp64 and without spikes, which would turn a rounding into another network: gradients of pruned
+    weights are set to 0. What a method is called with has the gradient before that."""
+    more = ["--momentum", "0.6"] if optimizer == "sgd" else ["--optimizer", "adam", "--learning_rate", "0.001"]
+    ours = trainer("--neuron", "relu", "--weight_decay", "0.05", *more, double=True)
+    for parameter in ours.model.parameters():
+        parameter.data.add_(0.01)  # Adam would make a step of the rounding of a bias that is 0
+    model, mask = ours.model, magnitude_mask(ours.model, 0.6)
+    rewind(model, state_of(model), mask)
+    plain, seen, expected = copy.deepcopy(model), [], []
+
+    def look(step, generator):
+        seen.append({name: weight.grad.clone() for name, weight in prunable(model).items()})
+
+    train(ours, mask, (1, 2), level=3, after_step=look)
+    if optimizer == "sgd":
+        theirs = torch.optim.SGD(plain.parameters(), 1, momentum=0.6, weight_decay=0.05)
+    else:
+        theirs = torch.optim.Adam(plain.parameters(), weight_decay=0.05)
+    for epoch in (1, 2):
+        theirs.param_groups[0]["lr"] = learning_rate(ours.args, epoch)
+        for images, labels in batches_of(ours, epoch, level=3):
+            theirs.zero_grad()
+            loss_over_time(plain.train()(images, 3), labels).backward()
+            expected.append({name: weight.grad.clone() for name, weight in prunable(plain).items()})
+            for name, weight in prunable(plain).items():
+                weight.grad[~mask[name]] = 0
+            theirs.step()
+    for (name, a), b in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8, msg=name)
+    for gradients, dense in zip(seen, expected, strict=True):
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, dense[name], rtol=1e-6, atol=1e-8, msg=name)
+    assert all((gradient[~mask[name]] != 0).any() for name, gradient in seen[-1].items())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_pruned_weights_are_0_and_survivors_learn_also_those_that_are_0(trainer, optimizer):
+    ours = trainer("--optimizer", optimizer, "--learning_rate", "0.01")
+    mask = magnitude_mask(ours.model, 0.8, "local")
+    rewind(ours.model, state_of(ours.model), mask)
+    weights = prunable(ours.model)
+    live = tuple(mask["classifier.weight"].nonzero()[0])
+    weights["classifier.weight"].data[live] = 0
+    before = state_of(ours.model)
+    train(ours, mask, (0, 1))
+    assert all((weight[~mask[name]] == 0).all() for name, weight in weights.items())
+    assert weights["classifier.weight"][live] != 0
+    moved = torch.cat([(weight != before[name])[mask[name]] for name, weight in weights.items()])
     assert moved.float().mean() > 0.99
 
 
-def test_weight_decay_counts_with_both_optimizers(stage):
-    model, _, args, _ = stage("--weight_decay", "0.25")
-    assert make_optimizer(model, args).param_groups[0]["weight_decay"] == 0.25
-    args.optimizer = "adam"
-    assert make_optimizer(model, args).param_groups[0]["weight_decay"] == 0.25
+def test_the_mask_is_live(trainer):
+    """A layer that is dense when the epoch begins is pruned within it, and later kept again."""
+    ours = trainer("--weight_decay", "0.01")
+    mask, name, part = magnitude_mask(ours.model, 0.5, "local"), "classifier.weight", slice(0, 4)
+    mask[name].fill_(True)
+    weight, zeros = prunable(ours.model)[name], []
+
+    def change(step, generator):
+        zeros.append(bool((weight[part] == 0).all()))
+        if step == 1:
+            mask[name][part] = False
+        elif step == 3:
+            mask[name][part] = True
+
+    train(ours, mask, after_step=change)
+    assert zeros == [False, False, True, True, False]
 
 
-def test_masked_training_equals_masked_gradients(stage):
-    """The plain way: gradients of pruned weights set to 0, no weight decay on them."""
-    model, data, args, run = stage()
-    mask = magnitude_mask(model, 0.6)
-    rewind(model, model.state_dict(), mask)
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fit(model, data, args, make_optimizer(model, args), mask, range(1), 2, run)
-
-    plain = build_model(args.arch, 3, 10, width=args.width)
-    plain.load_state_dict(start)
-    optimizer = torch.optim.SGD(plain.parameters(), learning_rate(args, 0), 0.9, weight_decay=5e-4)
-    for images, labels in data.train.augmented_batches(args.batch_size, run.generator(0, 0)):
-        optimizer.zero_grad()
-        logits = plain.train()(images, 2)
-        (sum(F.cross_entropy(step, labels) for step in logits) / 2).backward()
-        for name, weight in prunable(plain).items():
-            weight.grad[~mask[name]] = 0
-        optimizer.step()
-    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+def test_no_mask_is_the_dense_mask(trainer):
+    dense, none = trainer(), trainer()
+    rows = train(dense, dense_mask(dense.model)) + train(none)
+    assert len({row["loss"] for row in rows}) == 1
+    expected = state_of(dense.model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in none.model.state_dict().items())
 
 
-def test_logged_accuracies_are_of_the_trained_network(stage):
-    model, data, args, run = stage("--valid_freq", "3")
-    fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(4), 3, run)
-    assert [row["test_accuracy"] is None for row in run.rows] == [True, True, False, False]
-    assert run.rows[-1]["test_accuracy"] == evaluate(model, data.test, 3)
-    assert [row["lr"] for row in run.rows] == [learning_rate(args, epoch) for epoch in range(4)]
+def test_a_method_sees_every_step_by_its_absolute_number_with_a_generator_of_the_epoch(trainer):
+    ours, steps, draws = trainer(), [], {}
+
+    def look(step, generator):
+        steps.append(step)
+        draws.setdefault((level, step // 5), []).extend(torch.rand(2, generator=generator).tolist())
+
+    for level in (0, 1):
+        train(ours, None, (1, 2), level=level, after_step=look)
+    assert steps == 2 * list(range(5, 15))
+    assert ours.steps == 5
+    for (level, epoch), own in draws.items():
+        assert own == torch.rand(10, generator=generator(ours.args, "after_step", level, epoch)).tolist()
 
 
-def test_what_is_observed_after_an_epoch_stands_in_its_row_and_its_time_does_not(stage, monkeypatch):
-    model, data, args, run = stage()
-    seen, real = [], time.perf_counter
-    monkeypatch.setattr("time.perf_counter", lambda: real() + 1000 * len(seen))
+def test_the_optimizers_own_hook_acts_on_the_gradient_before_the_step(trainer):
+    ours = trainer("--weight_decay", "0")
+    before, optimizer = state_of(ours.model), make_optimizer(ours.model, ours.args)
 
-    def observe():
-        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return {"observed": len(seen)}
+    def only_the_bias(*_):
+        for parameter in ours.model.parameters():
+            parameter.grad.zero_()
+        ours.model.classifier.bias.grad.fill_(1)
 
-    fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(2), 2, run, observe=observe)
-    assert [row["observed"] for row in run.rows] == [1, 2]
-    assert all(0 < row["seconds"] < 1000 for row in run.rows)
-    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in model.state_dict().items())
-    assert not torch.equal(seen[0]["stem.weight"], seen[1]["stem.weight"])
+    optimizer.register_step_pre_hook(only_the_bias)
+    train(ours, optimizer=optimizer)
+    moved = [name for name, p in ours.model.named_parameters() if not torch.equal(p, before[name])]
+    assert moved == ["classifier.bias"]
 
 
-def test_logged_loss_is_the_mean_over_images(stage):
-    model, data, args, run = stage("--learning_rate", "1e-30", "--weight_decay", "0", "--train_samples", "40")
-    fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(1), 2, run)
-    total = 0.0
+# --- what is logged --------------------------------------------------------------------------------------------------
+
+
+def test_loss_and_training_accuracy_are_means_over_the_images(trainer):
+    ours = trainer("--learning_rate", "1e-30", "--weight_decay", "0")
+    ours.model.classifier.weight.data.mul_(20)  # predictions that differ from image to image
+    before = copy.deepcopy(ours.model)
+    (row,) = train(ours)
+    loss = correct = 0
     with torch.no_grad():
-        for images, labels in data.train.augmented_batches(args.batch_size, run.generator(0, 0)):
-            total += loss_over_time(model.train()(images, 2), labels).item() * len(labels)
-    assert run.rows[0]["loss"] == pytest.approx(total / 40, rel=1e-5)
+        for images, labels in batches_of(ours, 0):
+            logits = before.train()(images, 3)
+            loss += sum(F.cross_entropy(step, labels, reduction="sum") for step in logits).item() / 3
+            correct += (logits.mean(0).argmax(1) == labels).sum().item()
+    assert 0 < correct < 36
+    assert row["train_accuracy"] == pytest.approx(100 * correct / 36)
+    assert row["loss"] == pytest.approx(loss / 36, rel=1e-5)
+    assert row["timesteps"] == 3
 
 
-def test_predict_changes_nothing_and_keeps_the_order(stage):
-    model, data, _, _ = stage()
-    lively(model, torch.randn(8, 3, 32, 32))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.train()
-    logits = predict(model, data.test, 3)
-    assert model.training
-    assert logits.shape == (3, 20, 10)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    hits = (logits.mean(0).argmax(1) == data.test.labels).sum().item()
-    assert evaluate(model, data.test, 3) == pytest.approx(100 * hits / 20)
+class Close(nn.Module):
+    """Always the same bf16 logits, of two classes that a mean in bf16 could not tell apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(()))
+
+    def forward(self, images, timesteps):
+        logits = torch.tensor([[1.0, 1.0], [1.0, 1.0078125]]).unsqueeze(1)  # [T,1,classes]
+        return (self.one * logits).expand(timesteps, len(images), 2).bfloat16()
 
 
-def test_randomness_of_an_epoch_depends_on_seed_round_level_and_epoch(tiny_args):
-    runs = [Run(tiny_args("laterewindlth", *flags)) for flags in ([], ["--seed", "5"], ["--round", "2"])]
-    draws = [run.generator(level, epoch).initial_seed() for run in runs for level in (0, 1) for epoch in (0, 1)]
-    assert len(set(draws)) == 12
-    again = Run(tiny_args("earlybird"))
-    assert again.generator(1, 1).initial_seed() == runs[0].generator(1, 1).initial_seed()
+def test_logits_of_bf16_are_averaged_in_fp32():
+    args = flags("--precision", "bf16", "--learning_rate", "1e-30", "--timestep", "2")
+    data = load_data(args)
+    train, test = (replace(split, labels=torch.ones_like(split.labels)) for split in (data.train, data.test))
+    model = Close()
+    assert model(torch.zeros(1, 1), 2).mean(0).argmax() == 0, "a tie in bf16"
+    trainer = Trainer(model, replace(data, train=train, test=test, classes=2), args)
+    row = trainer.epoch(make_optimizer(model, args), None, 3, 2)
+    assert (row["train_accuracy"], row["test_accuracy"]) == (100, 100)
 
 
-def test_seed_and_round_do_not_collide(tiny_args):
-    seeds = {Run(tiny_args("laterewindlth", "--seed", s, "--round", r)).seed for s in "123" for r in "123"}
-    assert len(seeds) == 9
-
-
-def test_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(stage):
-    model, data, args, run = stage()
-    checkpoint, optimizer, mask = run.checkpoint("dense"), make_optimizer(model, args), dense_mask(model)
-    fit(model, data, args, optimizer, mask, range(1), 2, run, checkpoint=checkpoint)
-    good = checkpoint.read_bytes()
+def test_the_test_accuracy_is_that_of_the_trained_network_and_none_between_tests(trainer, monkeypatch):
+    monkeypatch.setitem(training.EVALUATION_BATCH, "cpu", 8)
+    ours = trainer("--valid_freq", "3", double=True)
+    ours.model.classifier.weight.data.mul_(20)
+    rows = train(ours, epochs=range(4))
+    assert [row["test_accuracy"] is None for row in rows] == [True, True, False, False]
+    ((images, labels),) = ours.data.test.batches(20)
+    state = state_of(ours.model)
+    logits = ours.predict(ours.data.test, 3)
+    assert ours.model.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.model.state_dict().items())
     with torch.no_grad():
-        model.classifier.weight.fill_(math.inf)
-    checkpoint_path = run.checkpoint("other")
-    with pytest.raises(DivergedError, match=r"epoch 2/4 T=2, step 0, learning rate 0\.08"):
-        fit(model, data, args, optimizer, mask, range(1, 3), 2, run, checkpoint=checkpoint_path)
-    assert checkpoint.read_bytes() == good
-    assert len(run.rows) == 1
-    assert not checkpoint_path.exists()
+        expected = ours.model.eval()(images, 3)
+    torch.testing.assert_close(logits, expected.float())
+    correct = (expected.mean(0).argmax(1) == labels).sum().item()
+    assert 0 < correct < 20
+    assert rows[-1]["test_accuracy"] == ours.evaluate(ours.data.test, 3) == pytest.approx(100 * correct / 20)
 
 
-def test_weights_that_the_last_step_ruins_do_not_become_a_checkpoint(stage):
-    model, data, args, run = stage("--batch_size", "40", "--learning_rate", "1e39")
-    with pytest.raises(DivergedError, match="the weights are not finite after search level 0 epoch 1/4"):
-        fit(
-            model, data, args, make_optimizer(model, args), dense_mask(model), range(1), 2, run,
-            checkpoint=run.checkpoint("dense"),
-        )  # fmt: skip
-    assert not run.checkpoint("dense").exists()
-    assert not run.rows
+def test_the_seconds_are_those_of_the_training_alone(trainer, monkeypatch):
+    ours, passed = trainer("--valid_freq", "1"), [0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: sum(passed))
+    monkeypatch.setattr(ours, "evaluate", lambda split, timesteps: passed.append(1000))
+    (row,) = train(ours, after_step=lambda step, generator: passed.append(1))
+    assert row["seconds"] == 5
+    assert 1000 in passed
 
 
-def test_bf16_trains_with_fp32_weights(stage):
-    model, data, args, run = stage("--precision", "bf16")
-    fit(model, data, args, make_optimizer(model, args), dense_mask(model), range(1), 2, run)
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert math.isfinite(run.rows[0]["loss"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_precision_counts_in_training_and_in_evaluation(trainer, precision, dtype):
+    ours, seen = trainer("--precision", precision), []
+    ours.model.features[1].register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    convolution = next(module for module in ours.model.features.modules() if isinstance(module, nn.Conv2d))
+    convolution.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    for act in (
+        lambda: train(ours),
+        lambda: ours.predict(ours.data.test, 3),
+        lambda: ours.evaluate(ours.data.test, 3),
+    ):
+        seen.clear()
+        act()
+        assert set(seen) == {dtype}
+    assert ours.predict(ours.data.test, 3).dtype == torch.float32
+    assert {parameter.dtype for parameter in ours.model.parameters()} == {torch.float32}
 
 
-@needs_a_compiler
+# --- what goes wrong, and what is compiled ---------------------------------------------------------------------------
+
+
+def test_a_loss_or_a_weight_that_is_not_finite_ends_the_training(trainer):
+    ours = trainer()
+    ours.model.classifier.weight.data.fill_(math.inf)
+    with pytest.raises(DivergedError, match="--learning_rate"):
+        train(ours)
+    ours = trainer("--learning_rate", "1e39", "--batch_size", "36")  # one step, after a loss that is finite
+    with pytest.raises(DivergedError, match="--learning_rate"):
+        train(ours)
+
+
 def test_only_full_batches_are_compiled_for():
-    class OneBlock(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fire = NormAndFire(3, "lif")
-
-        def forward(self, images, timesteps):
-            return self.fire(images.unsqueeze(0), timesteps=timesteps)
-
-    model = OneBlock()
-    compile_blocks(model)
+    model, counter = nn.Linear(2, 2), CompileCounter()
+    inner = model.forward
+    model.forward = lambda images, timesteps: inner(images).expand(timesteps, -1, -1)
+    model.compile(backend=counter)
     torch._dynamo.reset()
-    before = kernels()
-    forward(model, torch.randn(3, 3, 5, 5), 2, "fp32", 4)
-    assert kernels() == before
-    forward(model, torch.randn(4, 3, 5, 5), 2, "fp32", 4)
-    assert kernels() == before + 1
+    forward(model, torch.ones(3, 2), 2, "fp32", full=False)
+    assert counter.frame_count == 0
+    forward(model, torch.ones(4, 2), 2, "fp32")
+    assert counter.frame_count == 1

@@ -1,0 +1,243 @@
+import importlib
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import FLAGS, script
+
+from utils.goal import goal_of, prunings_of
+from utils.masks import dense_mask, sparsity, sparsity_after
+from utils.scores import prune_by_magnitude
+
+METHODS = tuple(FLAGS)
+
+
+class Started(Exception):
+    """The command line was accepted; the flags are its argument."""
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """The flags that a script begins a run with, from its command line."""
+
+    def parse(method, line=""):
+        def start(args, sparsity=None):
+            raise Started(args)
+
+        monkeypatch.setattr(importlib.import_module(f"train_snn_{method}"), "start", start)
+        with pytest.raises(Started) as started:
+            script(method)(line.split())
+        return started.value.args[0]
+
+    return parse
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """The one line that a script ends with, where its command line is wrong; it has written nothing."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(method, line):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            script(method)(line.split())
+        assert stop.value.code == 2
+        (message,) = capsys.readouterr().err.splitlines()
+        assert sorted(tmp_path.rglob("*")) == before
+        return message
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("method", "line", "named"),
+    [
+        # choices
+        ("laterewindlth", "--dataset mnist", "cifar10 cifar100 svhn fmnist tinyimagenet digits synthetic"),
+        ("laterewindlth", "--arch vgg11", "vgg16 resnet19 resnet34 alexnet"),
+        ("laterewindlth", "--neuron plif", "lif relu"),
+        ("laterewindlth", "--batch_norm no", "per_timestep over_time"),
+        ("laterewindlth", "--optimizer rmsprop", "sgd adam"),
+        ("laterewindlth", "--scheduler linear", "cosine step"),
+        ("laterewindlth", "--precision fp16", "fp32 bf16"),
+        ("laterewindlth", "--pruning_scope layer", "global local"),
+        ("laterewindlth", "--rewind rate", "weights lr none"),
+        ("laterewindlth", "--device tpu", "auto cpu cuda"),
+        ("laterewindlth", "--device cuda:x", "auto cpu cuda"),
+        ("laterewindlth", "--device cuda:99", "99"),
+        ("earlybird", "--eb_distance cosine", "hamming jaccard"),
+        ("earlyT_earlybird", "--divergence tv", "kl js"),
+        ("oneshot", "--ticket sniip", "random snip magnitude"),
+        ("oneshot", "--ticket nowhere/level_04.safetensors", "nowhere/level_04.safetensors"),
+        ("oneshot", "--control swap", "none reinit shuffle"),
+        ("oneshot", "--random_scope local", "global layer"),
+        # ranges
+        ("laterewindlth", "--batch_size 0", "1"),
+        ("laterewindlth", "--train_samples 0", "1"),
+        ("laterewindlth", "--end_iter 0", "1"),
+        ("laterewindlth", "--valid_freq 0", "1"),
+        ("laterewindlth", "--round 0", "1"),
+        ("laterewindlth", "--seed -1", "0"),
+        ("laterewindlth", "--width -1", "0 100"),
+        ("laterewindlth", "--width 1e300", "0 100"),
+        ("laterewindlth", "--tau 0.5", "1"),
+        ("laterewindlth", "--v_threshold 0", "number"),
+        ("laterewindlth", "--surrogate_alpha 0", "number"),
+        ("laterewindlth", "--timestep 1.5", "whole number"),
+        ("laterewindlth", "--timestep many", "whole number"),
+        ("laterewindlth", "--learning_rate nan", "0"),
+        ("laterewindlth", "--learning_rate inf", "0"),
+        ("laterewindlth", "--momentum 1", "0 1"),
+        ("laterewindlth", "--weight_decay -1", "0"),
+        ("laterewindlth", "--checkpoint_minutes -1", "0"),
+        ("laterewindlth", "--prune_percent 100", "0 100"),
+        ("laterewindlth", "--prune_percent 0", "0 100"),
+        ("laterewindlth", "--sparsity 100", "0 100"),
+        ("laterewindlth", "--prune_iterations 9999999999", "1 1000"),
+        ("earlybird", "--eb_window 1000000000000000000000", "1 1000"),
+        ("earlybird", "--eb_tolerance 1.5", "0 1"),
+        ("earlyT_earlybird", "--early_time_threshold -1", "0"),
+        ("oneshot", "--snip_samples 0 --ticket snip", "1"),
+        ("laterewindlth", "--exp_name ../elsewhere", "../elsewhere"),
+        ("laterewindlth", "--exp_name .", "."),
+        # flags that do not go together
+        ("laterewindlth", "--rewinding_epoch 300", "--end_iter 300"),
+        ("laterewindlth", "--rewinding_epoch 4 --end_iter 4", "--end_iter 4"),
+        ("earlyT_earlybird", "--early_time_epoch 4 --end_iter 4", "--end_iter 4"),
+        ("earlyT_earlybird", "--timestep 2", "3 2"),
+        ("earlyT_laterewindlth", "--timestep 2", "3 2"),
+        ("laterewindlth", "--sparsity_round 15", "0 14 15"),
+        ("earlybird", "--sparsity_round 3 --prune_iterations 3", "0 2 3"),
+        ("laterewindlth", "--sparsity 90 --sparsity_round 3", "--sparsity_round"),
+        ("earlybird", "--sparsity 90 --sparsity_round 3", "--sparsity_round"),
+        ("earlyT_laterewindlth", "--evaluate_levels 1 15", "0 14 15"),
+        ("earlyT_laterewindlth", "--evaluate_levels 4 --sparsity 50", "0 3 4"),
+        ("laterewindlth", "--momentum 0.5 --optimizer adam", "--optimizer sgd"),
+        ("laterewindlth", "--cuda_graph --device cpu", "GPU cpu"),
+        ("oneshot", "--snip_samples 100", "--ticket snip"),
+        ("oneshot", "--snip_samples=100", "--ticket snip"),
+        ("oneshot", "--search_timestep 2 --ticket snip", "--ticket magnitude"),
+        ("oneshot", "--random_scope layer --ticket snip", "--ticket random"),
+        # unknown flags
+        ("laterewindlth", "--learning-rate 0.1", "--learning_rate"),
+        ("laterewindlth", "--learningrate=0.1", "--learning_rate"),
+        ("laterewindlth", "--timesteps 5", "--timestep"),
+        ("laterewindlth", "--learning 0.1", ""),
+        ("laterewindlth", "--eb_window 3", ""),
+        ("earlybird", "--rewind none", ""),
+        ("earlybird", "extra", ""),
+    ],
+)
+def test_bad_flags_are_named_in_one_line(refused, method, line, named):
+    message = refused(method, line)
+    flag = line.split()[0].split("=")[0]
+    assert all(word in message.replace(flag, "", 1) for word in named.split()), message
+    assert flag in message
+
+
+@pytest.mark.parametrize("flag", ["--sparsity 90", "--sparsity_round 3", "--prune_percent 20", "--pruning_scope local"])
+def test_a_saved_ticket_has_its_own_sparsity(refused, tmp_path, flag):
+    (tmp_path / "level_04.safetensors").write_bytes(b"")
+    assert flag.split()[0] in refused("oneshot", f"--ticket level_04.safetensors {flag}")
+
+
+def test_the_authors_four_commands(parsed):
+    """Word for word, as their README has them; the shell takes the quotes."""
+    network = "--dataset cifar10 --arch vgg16 --optimizer sgd"
+    imp = f"{network}  --batch_size 128 --learning_rate 3e-1"
+    bird = f"{network} --sparsity_round 4  --batch_size 128 --learning_rate 3e-1  --round 1"
+    lines = {"laterewindlth": imp, "earlybird": bird, "earlyT_laterewindlth": imp, "earlyT_earlybird": bird}
+    for method, line in lines.items():
+        args = vars(parsed(method, line))
+        assert args == vars(parsed(method)), "they say what is the default"
+        assert args["sparsity_round"] == (4 if line is bird else 14)
+        assert args["method"] == args["exp_name"] == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_the_papers(parsed, method):
+    expected = {"dataset": "cifar10", "arch": "vgg16", "neuron": "lif", "tau": 4 / 3, "v_threshold": 1, "timestep": 5}
+    expected |= {"learning_rate": 0.3, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128, "scheduler": "cosine"}
+    expected |= {"prune_percent": 25, "prune_iterations": 15, "pruning_scope": "global", "round": 1, "end_iter": 300}
+    if method.endswith("laterewindlth"):
+        expected |= {"rewinding_epoch": 20, "rewind": "weights", "sparsity_round": 14}
+    if method.endswith("earlybird"):
+        expected |= {"eb_window": 5, "eb_tolerance": 0.02, "eb_distance": "hamming", "sparsity_round": 4}
+    if method.startswith("earlyT"):
+        expected |= {"early_time_epoch": 2, "early_time_threshold": 0.6, "divergence": "kl"}
+    args = vars(parsed(method))
+    assert {name: args[name] for name in expected} == expected
+    assert args["precision"] == ("bf16" if torch.cuda.is_available() else "fp32")
+
+
+def test_defaults_that_depend_on_other_flags(parsed):
+    for dataset, epochs in (("cifar100", 300), ("svhn", 150), ("fmnist", 150), ("tinyimagenet", 300)):
+        assert parsed("earlybird", f"--dataset {dataset}").end_iter == epochs
+    assert parsed("earlybird", "--dataset svhn --end_iter 7").end_iter == 7
+    assert parsed("earlybird", "--eb_distance jaccard").eb_tolerance == 0.5
+    assert parsed("earlybird", "--eb_distance jaccard --eb_tolerance 0.1").eb_tolerance == 0.1
+    assert parsed("earlybird", "--prune_iterations 3").sparsity_round == 2
+    assert parsed("laterewindlth", "--prune_iterations 3").sparsity_round == 2
+    assert parsed("laterewindlth", "--sparsity 90").sparsity_round is None
+    assert parsed("earlyT_laterewindlth").evaluate_levels == [14]
+    assert parsed("earlyT_laterewindlth", "--sparsity_round 3").evaluate_levels == [3]
+    assert parsed("earlyT_laterewindlth", "--sparsity 50").evaluate_levels == [3]
+    assert parsed("earlyT_laterewindlth", "--evaluate_levels 4 0 4").evaluate_levels == [0, 4]
+    assert parsed("oneshot", "--ticket magnitude --timestep 3").search_timestep == 3
+    assert parsed("earlybird", "--weight-decay 0.1").weight_decay == 0.1
+
+
+@pytest.mark.parametrize(
+    ("line", "method", "label"),
+    [
+        ("", "oneshot-random", "random"),
+        ("--ticket snip --control reinit", "oneshot-snip-reinit", "SNIP reinit"),
+        ("--ticket magnitude --control shuffle", "oneshot-magnitude-shuffle", "magnitude shuffle"),
+    ],
+)
+def test_a_one_shot_run_is_named_after_its_ticket_and_control(parsed, line, method, label):
+    args = parsed("oneshot", line)
+    assert (args.method, args.exp_name, args.label) == (method, method, label)
+
+
+def test_the_goal_is_a_level_or_a_sparsity(parsed):
+    goal = goal_of(parsed("earlybird", "--sparsity_round 8"))
+    assert (goal.name, goal.level) == ("level_08", 8)
+    assert goal.sparsity == pytest.approx(1 - 0.75**8)
+    assert goal_of(parsed("earlybird", "--sparsity_round 0")).sparsity == 0
+    goal = goal_of(parsed("oneshot", "--sparsity 97.5"))
+    assert (goal.name, goal.level, goal.sparsity) == ("sparsity_97.5", None, 0.975)
+
+
+@pytest.mark.parametrize("wanted", [10, 25, 43.74, 43.75, 43.76, 68.359375, 90, 98.13, 99.9])
+def test_imp_ends_at_the_wanted_sparsity(wanted):
+    """Below, at and above a level; every pruning is rounded to a whole weight."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(70, 90)
+    mask = dense_mask(model)
+    prunings = prunings_of(SimpleNamespace(sparsity=wanted, prune_percent=25.0, sparsity_round=None))
+    for fraction in prunings:
+        mask = prune_by_magnitude(model, mask, fraction)
+    assert sparsity(mask) == pytest.approx(wanted / 100, abs=2 / 6300)
+    assert prunings[:-1] == [0.25] * (len(prunings) - 1)
+    assert 0 < prunings[-1] <= 0.25
+    assert len(prunings) == math.ceil(math.log(1 - wanted / 100) / math.log(0.75) - 1e-9)
+
+
+def test_imp_prunes_as_often_as_it_is_told_to():
+    args = SimpleNamespace(sparsity=None, prune_percent=20.0, sparsity_round=3)
+    assert prunings_of(args) == [0.2] * 3
+    assert sparsity_after(3, 0.2) == pytest.approx(1 - 0.8**3)
+    assert prunings_of(SimpleNamespace(**{**vars(args), "sparsity_round": 0})) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_gives_every_default(method, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script(method)(["--help"])
+    assert stop.value.code == 0
+    _, *options = re.split(r"\n  (?=--)", capsys.readouterr().out)
+    assert len(options) > 30
+    assert all("(default:" in option for option in options)

@@ -1,0 +1,95 @@
+import pytest
+import torch
+from networks import lively
+from torch.nn import functional as F
+
+from models import build_model
+from utils import scores
+from utils.augment import Recipe
+from utils.data import Split
+from utils.datasets import Spec
+from utils.masks import dense_mask, distance, drop_lowest, prunable, sparsity, sparsity_after
+from utils.scores import magnitude_mask, magnitude_scores, prune_by_magnitude, random_scores, snip_scores
+
+
+class Doubles(Split):
+    """Images in double precision."""
+
+    def batches(self, batch_size):
+        for images, labels in super().batches(batch_size):
+            yield images.double(), labels
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_model("vgg16", 3, 10, width=0.125).double()
+
+
+@pytest.fixture
+def samples():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (20, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return Doubles(images, torch.arange(20) % 10, Spec((0.5,) * 3, (0.25,) * 3, Recipe(), 1))
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_magnitude_masks_prune_the_smallest_weights(model, scope):
+    mask = magnitude_mask(model, 0.6, scope)
+    again = prune_by_magnitude(model, mask, 0.5, scope)
+    assert (sparsity(mask), sparsity(again)) == pytest.approx((0.6, 0.8), abs=0.002)
+    weights = {name: weight.detach().abs() for name, weight in prunable(model).items()}
+    groups = [list(mask)] if scope == "global" else [[name] for name in mask]
+    for names in groups:
+        for smaller, larger in ((mask, dense_mask(model)), (again, mask)):
+            dropped = torch.cat([weights[name][larger[name] & ~smaller[name]] for name in names])
+            survivors = torch.cat([weights[name][smaller[name]] for name in names])
+            assert dropped.max() <= survivors.min()
+
+
+def test_magnitude_scores_are_of_the_weights_whatever_their_sign(model):
+    for name, score in magnitude_scores(model).items():
+        assert torch.equal(score, prunable(model)[name].detach().abs())
+    assert not any(score.requires_grad for score in magnitude_scores(model).values())
+
+
+def test_one_shot_pruning_of_the_untrained_vgg16_empties_its_classifier():
+    torch.manual_seed(0)
+    mask = magnitude_mask(build_model("vgg16", 3, 10), sparsity_after(14, 0.25))
+    assert [name for name, m in mask.items() if not m.any()] == ["classifier.weight"]
+
+
+def test_random_scores_depend_on_their_generator_and_not_on_the_weights(model):
+    def drawn(seed, global_seed):
+        torch.manual_seed(global_seed)
+        return random_scores(model, torch.Generator().manual_seed(seed))
+
+    first = drawn(1, 0)
+    model.classifier.weight.data.add_(1)
+    assert all(torch.equal(score, first[name]) for name, score in drawn(1, 9).items())
+    assert {name: score.shape for name, score in first.items()} == {n: w.shape for n, w in prunable(model).items()}
+    masks = [drop_lowest(drawn(seed, 0), dense_mask(model), 0.5) for seed in (1, 2)]
+    assert distance(*masks) == pytest.approx(0.5, abs=0.02)
+
+
+def test_snip_is_the_sensitivity_to_a_factor_on_each_connection(model, samples, monkeypatch):
+    """The definition: |dL/dc| at c = 1, where every weight is multiplied by its own c; L is the mean over images."""
+    monkeypatch.setattr(scores, "BATCH", 8)  # the last of three batches has four images
+    lively(model, next(samples.batches(20))[0]).eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = snip_scores(model, samples, 3)
+    assert not model.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    factors = {name: torch.ones_like(weight).requires_grad_() for name, weight in prunable(model).items()}
+    loss = 0
+    for images, labels in samples.batches(8):
+        tensors = {**state, **{name: state[name] * factor for name, factor in factors.items()}}
+        logits = torch.func.functional_call(model.train(), tensors, (images, 3))
+        loss = loss + sum(F.cross_entropy(step, labels, reduction="sum") for step in logits) / 3 / 20
+    expected = torch.autograd.grad(loss, list(factors.values()))
+    assert list(found) == list(factors)
+    for (name, score), gradient in zip(found.items(), expected, strict=True):
+        assert score.max() > 0
+        torch.testing.assert_close(score, gradient.abs(), rtol=1e-6, atol=1e-12, msg=name)
