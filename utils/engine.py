@@ -1,22 +1,12 @@
-"""What makes training fast beside the network: huge pages, and a step as one CUDA graph."""
+"""A training step as one CUDA graph."""
 
 import gc
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 WARM_UP = 3  # calls before the capture
-
-
-def use_huge_pages() -> None:
-    """Have torch ask Linux for large pages where it allocates a tensor on the CPU; to be called before the first one.
-
-    A tensor of many MiB gets fresh memory every time, which is mapped and cleared page by page; at 4 KiB a page that
-    takes much of a training step of batch 128. ``THP_MEM_ALLOC_ENABLE=0`` in the environment leaves it so.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class Graphed:

@@ -21,8 +21,8 @@ from models.layers import compile_blocks
 from . import distributed
 from .activity import check_countable
 from .data import Data, load_data
-from .files import InputError
-from .runs import InUseError, Run
+from .files import InputError, InUseError
+from .runs import Run
 from .stages import Stopped
 from .training import DivergedError, effective_seed, place
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 TEMPORARY = ".tmp"  # ending of a file that is being written
@@ -20,6 +21,10 @@ class InputError(Exception):
 
 class DamagedError(InputError):
     """A file does not hold what such a file holds."""
+
+
+class InUseError(Exception):
+    """Another process is at the run. Exit code 75 (EX_TEMPFAIL): the same command can be tried again later."""
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
@@ -122,6 +127,21 @@ def read_metadata(path: Path) -> dict:
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, named without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def hold(path: Path, complaint: str) -> FileLock:
+    """Take the lock that a file stands for; it is held until the process ends, however it ends.
+
+    Raises:
+        InUseError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InUseError(f"{complaint} by another process") from error
+    return lock
 
 
 def delete_folder(folder: Path) -> None:

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from . import distributed
@@ -21,6 +20,7 @@ from .files import (
     append_line,
     check_fields,
     delete_folder,
+    hold,
     read_json,
     read_metadata,
     write_json,
@@ -38,10 +38,6 @@ WRITTEN = ("tickets", "networks", "checkpoints")  # folders that are made after 
 NOT_RECORDED = ("restart", "checkpoint_minutes")
 REMEDY = "use another --exp_name, or --restart to delete that run and start over"
 INITIAL = "initial"  # name of the ticket that holds the weights that a run starts from
-
-
-class InUseError(Exception):
-    """Another process is at the run. Exit code 75 (EX_TEMPFAIL): the same command can be tried again later."""
 
 
 class Run:
@@ -88,7 +84,8 @@ class Run:
         """
         self.network = network
         if distributed.rank() == 0:
-            self.lock = self._take_lock()
+            # it lies beside the folder, which a restart moves away
+            self.lock = hold(self.folder.with_name(f".{self.folder.name}.lock"), f"{self.folder} is in use")
             if self.args.restart:
                 delete_folder(self.folder)
             before = self._read()
@@ -262,16 +259,6 @@ class Run:
         run = {field: getattr(self.args, field) for field in names}
         return run | {"ticket": name, "sparsity": 100 * sparsity(mask), "network": self.network}
 
-    def _take_lock(self) -> FileLock:
-        """Hold the run until the process ends. The lock lies beside the folder, which a restart moves away."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder.with_name(f".{self.folder.name}.lock"), timeout=0, is_singleton=True)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise InUseError(f"{self.folder} is in use by another process") from error
-        return lock
-
     def _read(self) -> dict | None:
         """Read what is in the folder: its flags, which have to be those of now, or None if there is no run."""
         self.rows, self.results, self.resumed = [], [], {}
@@ -295,9 +282,11 @@ class Run:
             self.rows = read_rows(self._path("metrics.jsonl"), self.resumed["rows"])
         results = self._path("results.json")
         if results.exists():
-            self.results = read_json(results)
-            for row in self.results:
+            rows = read_json(results)
+            for row in rows if isinstance(rows, list) else [rows]:
                 check_fields(results, row, ("ticket", "test_accuracy"))
+            self.results = rows
+        self.live = not self.resumed
         return before
 
     def _note_changes(self, before: dict, now: dict) -> None:
