@@ -1,377 +1,232 @@
-"""How a list of runs is worked through, on this machine or on a Ray cluster, beside other launchers of the same list.
+"""How a list of runs is worked through: by processes on this machine, or by Ray on one or many.
 
-``Work`` decides what is started, tried again, put aside or given up. ``Local`` and ``OnRay`` start a command and say
-how it ended, no more, so both ways follow the same rules.
+Other launchers may work on the same list: a run that is in use elsewhere is tried again until it is free. It is then
+finished, which its script sees at once, or it resumes.
+
+A command has a ``name``, its ``words`` (the script's file and its flags), and the name of the run whose ticket it
+``needs``, or None. Those that are needed stand before those that need them.
 """
 
 import contextlib
-import datetime
-import importlib
 import os
-import platform
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
-
-from utils.errors import InputError
-from utils.runs import clock
-from utils.signals import stop_deferred
+from utils.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-IN_USE = os.EX_TEMPFAIL  # exit code of a script that found its run in use by another process
-DIED = -signal.SIGKILL  # of a worker that is gone; as Popen has it
-INTERRUPTED = 128 + signal.SIGINT
-RETRIES = 3  # of a run that was killed
-ASK_AGAIN = 30.0  # seconds after which a run that is in use elsewhere is looked at again
-POLL = 1.0  # seconds; a signal waits for as long
+IN_USE = os.EX_TEMPFAIL  # exit code of a script whose run another process is at
+RETRIES = 1
+ASK_AGAIN = 30.0  # seconds until a run that is in use elsewhere is tried again
+POLL = 0.2  # seconds
 LAST_LINES = 5
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Work:
-    """A list of runs: what is done, running, failed, waiting.
-
-    A run starts when the one whose ticket it needs is done. One that was killed goes on from its checkpoint, up to
-    ``RETRIES`` times; one that ends with an error stops none but those that need its ticket; one that another process
-    is working on is put aside, and taken up if that process does not finish it.
+def run_here(commands: list, logs: Path, jobs: int, cpus: int) -> list:
+    """Run commands as processes of this machine. One that fails is tried once more, then given up with those that need
+    its ticket.
 
     Args:
-        commands: the runs, in the order to start them: each with a ``name``, a ``method`` and its ``flags``, and with
-            the name of the run that it needs, or None, as its ``source``.
-        executor: where they run, ``Local`` or ``OnRay``.
-        logs: the folder of their output, one file for each; made if it is not there.
-        state: looks whether a command is ``done``.
-        cost: what a command takes, in any unit; the time left is reckoned from it.
-
-    Attributes:
-        failed: the last lines of each command that failed, or why it was not run.
-    """
-
-    def __init__(self, commands: list, executor, logs: Path, state: Callable, cost: Callable):
-        self.executor, self.logs, self.state = executor, logs, state
-        self.total = len(commands)
-        self.waiting = [command for command in commands if state(command) != "done"]
-        self.costs = {command: cost(command) for command in self.waiting}
-        self.running: dict = {}  # since when
-        self.aside: dict = {}  # in use elsewhere; when to look again
-        self.told: set = set()  # which were
-        self.failed: dict = {}
-        self.log_starts: dict = {}  # bytes that were in the log before
-        self.deaths: Counter = Counter()
-        self.seconds: Counter = Counter()  # of each run, all tries
-        self.finished: list = []  # in this call, here
-        self.changed = False
-
-    def run(self) -> None:
-        """Work until nothing is left.
-
-        Raises:
-            Stopped: a signal came; what was running has been stopped, each at its checkpoint.
-            KeyboardInterrupt: a second one came; runs may still be going until the executor is closed.
-        """
-        self.logs.mkdir(parents=True, exist_ok=True)
-        print(f"{len(self.waiting)} of {self.total} runs, output in {self.logs}", flush=True)
-        told = False
-        with stop_deferred() as asked:
-            while self.running or (not asked and (self.waiting or self.aside)):
-                if not asked:
-                    self._start()
-                elif not told:
-                    print(f"stopping {len(self.running)} runs; once more ends them at once", flush=True)
-                    self.executor.stop()
-                    told = True
-                if self.changed:
-                    print(self.progress(), flush=True)
-                self.changed = False
-                for command, code in self.executor.wait(POLL):
-                    self._settle(command, code, bool(asked))
-            if self.changed:
-                print(self.progress(), flush=True)
-
-    def _start(self) -> None:
-        """Start what is ready while there is room; then look at what is in use elsewhere."""
-        unfinished = {command.name for command in (*self.waiting, *self.aside, *self.running)}
-        ready = [command for command in self.waiting if command.source not in unfinished]
-        due = [command for command, at in self.aside.items() if at <= time.monotonic()]
-        room = self.executor.slots
-        for command in ready + due:
-            if len(self.running) >= room:
-                return
-            if self.state(command) == "done":
-                self._forget(command)
-                self._say(f"done elsewhere: {command}")
-                continue
-            if command not in self.told:
-                self._say(f"started: {command}")
-            self._forget(command)
-            log = self._log(command)
-            self.log_starts[command] = log.stat().st_size if log.exists() else 0
-            try:
-                self.executor.start(command, log)
-            except OSError as error:  # a full disk
-                self._fail(command, str(error))
-            else:
-                self.running[command] = time.monotonic()
-
-    def _forget(self, command) -> None:
-        """Neither waiting nor put aside any more."""
-        if self.aside.pop(command, None) is None:
-            self.waiting.remove(command)
-
-    def _settle(self, command, code: int, stopping: bool) -> None:
-        """What follows from an exit code; a negative one is a signal's, as is one above 128."""
-        self.seconds[command] += time.monotonic() - self.running.pop(command)
-        killed = code < 0 or code > 128
-        if code == 0:
-            self.finished.append(command)
-            self._say(f"done in {clock(self.seconds[command])}: {command}")
-        elif code == IN_USE:
-            self.aside[command] = time.monotonic() + ASK_AGAIN
-            if command not in self.told:
-                self._say(f"in use by another process, put aside: {command}")
-            self.told.add(command)
-        elif killed and stopping:
-            self.waiting.insert(0, command)
-            self._say(f"stopped: {command}")
-        elif killed and self.deaths[command] < RETRIES:
-            self.deaths[command] += 1
-            self.waiting.insert(0, command)
-            tries = f"try {self.deaths[command] + 1} of {RETRIES + 1}"
-            self._say(f"killed, goes on from its checkpoint, {tries}: {command}")
-        else:
-            self._fail(command, self._last_lines(command))
-
-    def _fail(self, command, why: str) -> None:
-        """Give up a run, and those that need its ticket."""
-        self.failed[command] = why
-        self._say(f"failed: {command}")
-        for other in [other for other in self.waiting if other.source == command.name]:
-            self.waiting.remove(other)
-            self.failed[other] = f"not run: it needs the ticket of {command.name}, which failed"
-
-    def _say(self, line: str) -> None:
-        print(line, flush=True)
-        self.changed = True
-
-    def _log(self, command) -> Path:
-        return self.logs / f"{command.name.replace('/', '-')}.log"
-
-    def _last_lines(self, command) -> str:
-        """Of its last try."""
-        with self._log(command).open("rb") as file:
-            file.seek(self.log_starts[command])
-            return "\n".join(file.read().decode(errors="replace").splitlines()[-LAST_LINES:])
-
-    def progress(self) -> str:
-        """One line on the whole list."""
-        counts = {"running": len(self.running), "failed": len(self.failed), "waiting": len(self.waiting)}
-        if self.aside:
-            counts["in use elsewhere"] = len(self.aside)
-        counts = {"done": self.total - sum(counts.values())} | counts
-        left = self.seconds_left()
-        shown = ", ".join(f"{number} {name}" for name, number in counts.items())
-        return shown if left is None else f"{shown}; about {clock(left)} left"
-
-    def seconds_left(self) -> float | None:
-        """At the pace of the runs that were done in this call; None before the first of them."""
-        worked = sum(self.costs[command] for command in self.finished)
-        if not worked:
-            return None
-        pace = sum(self.seconds[command] for command in self.finished) / worked
-        now = time.monotonic()
-        left = [pace * self.costs[command] for command in (*self.waiting, *self.aside)]
-        left += [max(0.0, pace * self.costs[command] - (now - since)) for command, since in self.running.items()]
-        # those who have what is in use elsewhere work on the list, too
-        hands = max(1, self.executor.slots + len(self.aside))
-        return max(sum(left) / hands, max(left, default=0.0))
-
-
-class Local:
-    """Runs on this machine, each a process of its own.
-
-    Args:
-        slots: runs at a time.
+        commands: in the order to start them.
+        logs: folder of their output, a file for each.
+        jobs: processes at a time.
         cpus: threads of each.
+
+    Returns:
+        The commands that were given up.
+
+    Raises:
+        SystemExit: a signal came; every run has saved and ended. The code is 128 + the signal's number.
     """
-
-    def __init__(self, slots: int, cpus: int):
-        self.slots = slots
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(cpus)}
-        self.running: dict = {}
-
-    def start(self, command, log: Path) -> None:
-        call = [sys.executable, ROOT / f"train_snn_{command.method}.py", *command.flags]
-        with log.open("a", encoding="utf-8") as file:
-            # in a group of its own: Ctrl-C comes to the launcher alone, which passes it on once
-            self.running[command] = subprocess.Popen(
-                call, env=self.environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
-            )
-            with contextlib.suppress(OSError):  # the run has begun, whatever its log takes
-                os.write(file.fileno(), _heading(self.running[command].pid, command.method, command.flags).encode())
-
-    def wait(self, seconds: float) -> list[tuple]:
-        """The commands that have ended, each with its exit code; waits so long for a first one."""
-        until = time.monotonic() + seconds
-        while True:
-            codes = {command: process.poll() for command, process in self.running.items()}
-            ended = [(command, code) for command, code in codes.items() if code is not None]
-            if ended or time.monotonic() > until:
-                break
-            time.sleep(0.1)
-        for command, _ in ended:
-            del self.running[command]
-        return ended
-
-    def stop(self) -> None:
-        """Let every run write a checkpoint and end."""
-        for process in self.running.values():
-            process.terminate()
-
-    def close(self) -> None:
-        """End what is still running, at once."""
-        for process in self.running.values():
-            process.kill()
-        for process in self.running.values():
-            process.wait()
+    waiting, running, given_up = list(commands), {}, []
+    not_before, tries = Counter(), Counter()
+    with _caught_signals() as received:
+        try:
+            while (waiting or running) and not received:
+                unfinished = {command.name for command in (*waiting, *running)}
+                now = time.monotonic()
+                ready = [c for c in waiting if c.needs not in unfinished and not_before[c] <= now]
+                for command in ready[: jobs - len(running)]:
+                    running[command] = _start(command.words, _log(logs, command), cpus)
+                    waiting.remove(command)
+                time.sleep(POLL)
+                for command in [command for command, process in running.items() if process.poll() is not None]:
+                    code = running.pop(command).returncode
+                    if code == IN_USE or (code != 0 and tries[command] < RETRIES):
+                        tries[command] += code != IN_USE
+                        not_before[command] = time.monotonic() + (ASK_AGAIN if code == IN_USE else 0)
+                        waiting.append(command)
+                        continue
+                    if code != 0:
+                        lost = [command, *(other for other in waiting if other.needs == command.name)]
+                        waiting = [other for other in waiting if other not in lost]
+                        given_up += lost
+                    left = len(waiting) + len(running) + len(given_up)
+                    _report(command, logs, code == 0, len(commands) - left, len(commands))
+        finally:
+            _stop(list(running.values()), received)
+    return given_up
 
 
-class OnRay:
-    """Runs on a Ray cluster, each a task in a fresh worker.
-
-    Retries are not Ray's: a dead worker is an exit code like any other.
+def run_on_ray(commands: list, logs: Path, address: str | None, cpus: int, gpus: float | None) -> list:
+    """Run commands as tasks of Ray, which starts them in order where there is room, each after the run whose ticket it
+    needs. One that fails, or whose worker dies, is tried once more.
 
     Args:
+        commands: in the order to start them.
+        logs: folder of their output, a file for each.
         address: of the cluster, ``auto`` for the one that this machine is part of, None to start one here.
-        slots: runs at a time; None for as many as the cluster has room for, now.
-        cpus: cores and threads of each.
-        gpus: share or number of GPUs of each; None for one if the cluster has any.
+        cpus: cores and threads of each run.
+        gpus: share or number of GPUs of each run; None for one if the cluster has any.
+
+    Returns:
+        The commands that failed, and those that need their tickets.
 
     Raises:
         InputError: Ray is not installed or does not answer; or no machine has room for a run.
+        SystemExit: as in ``run_here``.
     """
-
-    def __init__(self, address: str | None, slots: int | None, cpus: int, gpus: float | None):
-        try:
-            import ray
-        except ImportError as error:
-            raise InputError("--launcher ray needs Ray: pip install -r requirements-cluster.txt") from error
-        self.ray, self.fixed_slots, self.cpus = ray, slots, cpus
-        self.running: dict = {}  # by the reference to the task's result
-        quiet = {"log_to_driver": False, "logging_level": "error"}
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody else is told
-        if address is None:
-            ray.init("local", include_dashboard=False, **quiet)
-        else:
-            _look_for_ray(address)
-            ray.init(address, **quiet)
-        self.gpus = gpus if gpus is not None else int(ray.cluster_resources().get("GPU", 0) > 0)
-        if not self._room():
-            self.close()
-            raise InputError(f"no machine of the cluster has room for a run of {cpus} CPUs and {self.gpus:g} GPUs")
+    try:
+        import ray  # optional
+    except ImportError as error:
+        raise InputError("argument --launcher: ray is missing, pip install -r requirements-cluster.txt") from error
+    _check_address(address)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody else is told
+    ray.init(address or "local", log_to_driver=False, logging_level="error")
+    failed, pending = [], {}
+    try:
+        if gpus is None:
+            gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in machines):
+            raise InputError(f"no machine of the cluster has room for a run of {cpus} CPUs and {gpus:g} GPUs")
         # workers need not find this file; the scripts they do, at the same path as here
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        self.task = ray.remote(max_calls=1, max_retries=0, num_cpus=cpus, num_gpus=self.gpus)(_run)
-
-    @property
-    def slots(self) -> int:
-        return self._room() if self.fixed_slots is None else min(self.fixed_slots, self._room())
-
-    def _room(self) -> int:
-        return sum(_room(node["Resources"], self.cpus, self.gpus) for node in self.ray.nodes() if node["Alive"])
-
-    def start(self, command, log: Path) -> None:
-        # from the same folder, so that relative paths lead to the same files
-        ref = self.task.remote(command.method, command.flags, self.cpus, os.getcwd(), str(log.absolute()))
-        self.running[ref] = command, log
-
-    def wait(self, seconds: float) -> list[tuple]:
-        """The commands that have ended, each with its exit code; waits so long for a first one."""
-        if not self.running:
-            time.sleep(seconds)
-            return []
-        ended, _ = self.ray.wait(list(self.running), timeout=seconds)
-        return [(self.running[ref][0], self._code(ref, *self.running.pop(ref)[1:])) for ref in ended]
-
-    def _code(self, ref, log: Path) -> int:
-        try:
-            return self.ray.get(ref)
-        except self.ray.exceptions.TaskCancelledError:
-            return INTERRUPTED
-        except self.ray.exceptions.RayError as error:
-            with log.open("a", encoding="utf-8") as file:
-                print(error, file=file)
-            return 1 if isinstance(error, self.ray.exceptions.RayTaskError) else DIED
-
-    def stop(self) -> None:
-        """Let every run write a checkpoint and end."""
-        for ref in self.running:
-            self.ray.cancel(ref)
-
-    def close(self) -> None:
-        """End what is still running, at once."""
-        for ref in self.running:
-            self.ray.cancel(ref, force=True)
-        self.ray.shutdown()
+        errors = [subprocess.CalledProcessError]
+        resources = {"num_cpus": cpus, "num_gpus": gpus}
+        task = ray.remote(**resources, max_calls=1, max_retries=RETRIES, retry_exceptions=errors)(_run)
+        refs = {}
+        with _caught_signals() as received:
+            for command in commands:
+                words, log = command.words, _log(logs, command).absolute()
+                refs[command.name] = task.remote(words, log, cpus, os.getcwd(), refs.get(command.needs))
+                pending[refs[command.name]] = command
+            while pending and not received:
+                for ref in ray.wait(list(pending), timeout=POLL)[0]:
+                    command, error = pending.pop(ref), _error(ray, ref)
+                    failed += [command] if error else []
+                    left = len(pending) + len(failed)
+                    _report(command, logs, error is None, len(commands) - left, len(commands))
+            for ref in pending:
+                ray.cancel(ref)
+            while pending and len(received) == 1:
+                for ref in ray.wait(list(pending), timeout=POLL)[0]:
+                    del pending[ref]
+    finally:
+        ray.shutdown()
+    return failed
 
 
-def _look_for_ray(address: str) -> None:
-    """Ray itself tries for two minutes, and ends the program."""
-    if address == "auto":
-        return
+def _error(ray, ref) -> Exception | None:
+    """What a task failed with."""
     try:
-        parts = urlsplit(address if "//" in address else f"//{address}")
+        ray.get(ref)
+    except ray.exceptions.RayError as error:
+        return error
+    return None
+
+
+def _run(words: tuple[str, ...], log: Path, cpus: int, folder: str, _ticket: None) -> None:
+    """The task of Ray: a run as a process, in the launcher's folder, so that relative paths lead to the same files.
+    ``_ticket`` is the result of the run that this one needs; Ray waits for it."""
+    os.chdir(folder)
+    code = IN_USE
+    while code == IN_USE:
+        process = _start(words, log, cpus)
+        try:
+            while process.poll() is None:  # Ray interrupts Python, not a system call
+                time.sleep(POLL)
+        finally:
+            process.terminate()
+            code = process.wait()
+        if code == IN_USE:
+            time.sleep(ASK_AGAIN)
+    if code != 0:
+        raise subprocess.CalledProcessError(code, words)
+
+
+def _start(words: tuple[str, ...], log: Path, cpus: int) -> subprocess.Popen:
+    """Start a script, in a process group of its own: a terminal's Ctrl-C comes to the launcher alone."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(cpus)}
+    call = [sys.executable, ROOT / words[0], *words[1:]]
+    with log.open("a", encoding="utf-8") as file:
+        print(f"$ {shlex.join(words)}", file=file, flush=True)
+        null = subprocess.DEVNULL
+        return subprocess.Popen(call, env=environment, stdin=null, stdout=file, stderr=file, process_group=0)
+
+
+def _stop(processes: list[subprocess.Popen], received: list[int]) -> None:
+    """Have runs save and end; after one more signal they end at once."""
+    signals = len(received)
+    if processes:
+        print(f"stopping {len(processes)} runs at the end of their epochs; once more ends them at once", flush=True)
+    for process in processes:
+        process.terminate()
+    while any(process.poll() is None for process in processes):
+        time.sleep(POLL)
+        if len(received) > signals:
+            for process in processes:
+                process.kill()
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """The signals that come, in a list that grows. They end the program after the block.
+
+    Raises:
+        SystemExit: 128 + the number of the first.
+    """
+    received: list[int] = []
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in heeded}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise SystemExit(128 + received[0])
+
+
+def _log(logs: Path, command) -> Path:
+    return logs / f"{command.name.replace('/', '-')}.log"
+
+
+def _report(command, logs: Path, well: bool, done: int, total: int) -> None:
+    """Print how a run has ended, and how far the list is."""
+    if not well:
+        log = _log(logs, command)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else ["never started"]
+        print("\n".join([f"failed: {command.name}, see {log}", *lines[-LAST_LINES:]]), file=sys.stderr, flush=True)
+    print(f"{'ended' if well else 'failed'}: {command.name}; done {done} of {total}", flush=True)
+
+
+def _check_address(address: str | None) -> None:
+    """Ray itself tries for minutes to reach a cluster, and then ends the program."""
+    if address in (None, "auto"):
+        return
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    try:
         socket.create_connection((parts.hostname, parts.port), timeout=10).close()
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"argument --address: no Ray answers at {address!r} ({error})") from error
-
-
-def _room(resources: dict[str, float], cpus: int, gpus: float) -> int:
-    """Runs that a machine has room for; a share of a GPU is one of a single GPU."""
-    room = int(resources.get("CPU", 0) // cpus)
-    if gpus:
-        cards = int(resources.get("GPU", 0))
-        room = min(room, int(cards // gpus) if gpus >= 1 else cards * int(1 / gpus))
-    return room
-
-
-def _run(method: str, flags: tuple[str, ...], cpus: int, folder: str, log: str) -> int:
-    """The Ray task: the script's ``main`` in the worker itself, so that all that the run holds dies with the worker.
-
-    Returns:
-        The exit code.
-    """
-    os.chdir(folder)
-    sys.path.insert(0, str(ROOT))
-    torch.set_num_threads(cpus)
-    sys.argv = [f"train_snn_{method}.py", *flags]
-    with (
-        open(log, "a", buffering=1, encoding="utf-8") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        file.write(_heading(os.getpid(), method, flags))
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)  # what libraries write
-        try:
-            importlib.import_module(f"train_snn_{method}").main(list(flags))
-        except SystemExit as end:
-            return end.code or 0
-        except Exception:
-            traceback.print_exc()
-            return 1
-    return 0
-
-
-def _heading(pid: int, method: str, flags: tuple[str, ...]) -> str:
-    """A line of the log: when and where this try began."""
-    now = datetime.datetime.now().isoformat(" ", "seconds")
-    return f"# {now} {platform.node()} process {pid}: python train_snn_{method}.py {shlex.join(flags)}\n"

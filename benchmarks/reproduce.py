@@ -1,79 +1,94 @@
 """The commands behind every row of the paper's Table 1 and every figure: runs what is missing, skips what is done.
 
-    python benchmarks/reproduce.py --dry_run                # the list, with the time it would take on this machine
+    python benchmarks/reproduce.py --dry_run                # the list, and what of it is done
     python benchmarks/reproduce.py                          # everything at full size, into runs/full/
     python benchmarks/reproduce.py --scale small --jobs 2   # handwritten digits and a narrow network, into runs/small/
     python benchmarks/reproduce.py --only "Table 1"         # a part
     python benchmarks/reproduce.py --launcher ray           # as many at a time as a Ray cluster, or this machine, holds
 
-A run that was stopped goes on when its command is run again, so this script can be stopped and started too, and be
-started many times over: what one is working on, the others leave alone. It ends with the report of all that is there.
+A run that was stopped resumes when its command is run again, so this script can be stopped and started too, and be
+started several times at once: each leaves alone what another one is working on. It ends with the report of all runs.
 """
 
-import argparse
-import contextlib
-import io
 import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.launch import Local, OnRay, Work  # noqa: E402
-from models import build_model  # noqa: E402
-from utils.data import DATASETS  # noqa: E402
-from utils.errors import InputError, one_line_errors  # noqa: E402
-from utils.flags import get_args, planned_epochs  # noqa: E402
-from utils.masks import dense_mask  # noqa: E402
-from utils.runs import Run, clock  # noqa: E402
-from utils.training import MaskedUpdate, forward, loss_over_time, make_optimizer  # noqa: E402
+from benchmarks.launch import run_here, run_on_ray  # noqa: E402
+from utils.files import InputError  # noqa: E402
+from utils.flags import Parser, not_negative, positive_int  # noqa: E402
+from utils.masks import sparsity_after  # noqa: E402
 
-IMAGES = {"tinyimagenet": (100_000, 64), "svhn": (73_257, 32), "fmnist": (60_000, 32), "digits": (1_437, 32)}
-TIMED_STEPS, TIMED_IMAGES = 2, 8
 TABLE_1 = ("Table 1", "Table 2", "Fig. 1", "Fig. 6", "Fig. 8a", "Fig. 8b", "Fig. 11")
 OBSERVATIONS = ("Fig. 3", "Fig. 7a", "Fig. 7b", "Fig. 7c", "Fig. 8c")  # IMP's own share of them
+ANN = "--neuron relu --timestep 1"
+
+# the groups of flags that a script has, beside those of all scripts
+SCRIPTS = {
+    "laterewindlth": ("sparsity", "rewinding"),
+    "earlyT_laterewindlth": ("sparsity", "rewinding"),
+    "earlybird": ("sparsity", "early_bird"),
+    "earlyT_earlybird": ("sparsity", "early_bird"),
+    "oneshot": ("sparsity",),
+}
+# what finds a ticket of the sparsity that it is asked for: what it is behind, name, script, its flags
+EACH_LEVEL = (
+    (TABLE_1, "eb", "earlybird", ""),
+    (TABLE_1, "eb-et", "earlyT_earlybird", ""),
+    ((*TABLE_1, "Fig. 10"), "random", "oneshot", "--ticket random"),
+)
+# the same, of the first network alone
+EACH_LEVEL_OF_THE_FIRST = (
+    (("Fig. 10",), "snip", "oneshot", "--ticket snip"),
+    (("Fig. 10",), "ann-snip", "oneshot", f"--ticket snip {ANN}"),
+    (("Fig. 10",), "ann-random", "oneshot", f"--ticket random {ANN}"),
+)
 
 
 @dataclass(frozen=True)
 class Scale:
     """How large the experiments are."""
 
-    flags: str  # of every run
+    flags: dict[str, str]  # of ``all`` scripts, and of each group of flags
     networks: tuple[tuple[str, str], ...]  # data set, network; the first has all the experiments
-    early_networks: tuple[tuple[str, str], ...]  # of Fig. 4
+    early_networks: tuple[tuple[str, str], ...]  # of Figs. 4 and 5
     deeper_networks: tuple[tuple[str, str], ...]  # of supplement G
     levels: tuple[int, ...]  # prunings
+    prune_percent: float
     rewinding_epochs: tuple[int, ...]  # beside the default one
     rounds: int
 
 
 SCALES = {
     "full": Scale(
-        flags="",
+        flags={},
         networks=tuple((d, a) for d in ("cifar10", "cifar100", "svhn", "fmnist") for a in ("vgg16", "resnet19")),
         early_networks=tuple((d, a) for d in ("cifar10", "cifar100") for a in ("vgg16", "resnet19")),
         deeper_networks=(("tinyimagenet", "resnet34"), ("cifar10", "alexnet")),
         levels=(4, 8, 11, 14),
+        prune_percent=25,
         rewinding_epochs=(0, 100, 180, 260),
         rounds=5,
     ),
     "small": Scale(
-        flags="--train_samples 1000 --width 0.125 --batch_size 16 --learning_rate 0.1 --end_iter 8 --valid_freq 4 "
-        "--prune_percent 50 --prune_iterations 7 --rewinding_epoch 2 --eb_window 3 --eb_tolerance 0.05",
+        flags={
+            "all": "--train_samples 1000 --width 0.125 --batch_size 16 --learning_rate 0.1 --end_iter 8 --valid_freq 4",
+            "sparsity": "--prune_percent 50 --prune_iterations 7",
+            "rewinding": "--rewinding_epoch 2",
+            "early_bird": "--eb_window 3 --eb_tolerance 0.05",
+        },
         networks=(("digits", "alexnet"),),
         early_networks=(("digits", "alexnet"),),
         deeper_networks=(),
         levels=(2, 4, 6),
+        prune_percent=50,
         rewinding_epochs=(0, 4, 6),
         rounds=3,
     ),
@@ -82,54 +97,37 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Command:
-    """One run: what of the paper it is behind, and the script with its flags."""
+    """One run.
+
+    Attributes:
+        shows: what of the paper it is behind.
+        name: experiment and run, as in the folder's path; the folder's own name may hold a sparsity, too.
+        script: its file.
+        flags: what makes it this run.
+        places: the flags that say where files are.
+        needs: the name of the run whose ticket this one is given.
+        ticket: the file of that ticket.
+    """
 
     shows: tuple[str, ...]
-    method: str
+    name: str
+    script: str
     flags: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"python train_snn_{self.method}.py {shlex.join(self.flags)}"
-
-    def value(self, flag: str) -> str | None:
-        """What follows a flag; the last one counts."""
-        places = [place for place, word in enumerate(self.flags) if word == flag]
-        return self.flags[places[-1] + 1] if places else None
+    places: tuple[str, ...]
+    needs: str | None = None
+    ticket: Path | None = None
 
     @property
-    def name(self) -> str:
-        """Experiment and run, as in the folder's path."""
-        run = f"{self.value('--dataset')}-{self.value('--arch')}-round{self.value('--round')}"
-        return f"{self.value('--exp_name')}/{run}"
+    def words(self) -> tuple[str, ...]:
+        ticket = ("--ticket", str(self.ticket)) if self.ticket else ()
+        return (self.script, *self.flags, *ticket, *self.places)
 
-    @property
-    def source(self) -> str | None:
-        """The name of the run whose ticket this one is given."""
-        ticket = self.value("--ticket")
-        return "/".join(Path(ticket).parts[-4:-2]) if ticket and ticket.endswith(".safetensors") else None
-
-
-def commands(scale: Scale, output_dir: str, data_dir: str | None = None) -> Iterator[Command]:
-    """All runs, round by round."""
-    where = ["--output_dir", output_dir, *(["--data_dir", data_dir] if data_dir else [])]
-    for number in range(1, scale.rounds + 1):
-        for network in scale.networks:
-            command = Maker(scale, where, *network, number)
-            yield from _table_1(command, scale, TABLE_1, OBSERVATIONS if network == scale.networks[0] else ())
-            if network == scale.networks[0] or network[1] == "vgg16":
-                yield command(("Fig. 9", "Fig. 10"), "laterewindlth", "ann", "--neuron relu --timestep 1")
-                for level in scale.levels:
-                    yield command(("Fig. 9",), "oneshot", f"transfer-{level}", command.ticket("ann", level))
-            if network in scale.early_networks:
-                # section 3.3: the divergence of a network that is trained at T throughout
-                flags = "--early_time_threshold 0 --sparsity_round 1"
-                yield command(("Fig. 5", "supplement C"), "earlyT_laterewindlth", "divergence", flags)
-                for timesteps in range(2, 6):
-                    flags = f"--ticket magnitude --search_timestep {timesteps} --sparsity_round {scale.levels[1]}"
-                    yield command(("Fig. 4",), "oneshot", f"magnitude-t{timesteps}", flags)
-        for network in scale.deeper_networks:
-            yield from _table_1(Maker(scale, where, *network, number), scale, ("supplement G",), ())
-        yield from _first_network(Maker(scale, where, *scale.networks[0], number), scale)
+    def state(self, output_dir: Path) -> str:
+        """``done``, ``waits`` for another run's ticket, or ``missing``, also if it has begun."""
+        run, _, repetition = self.name.rpartition("-")
+        if any(output_dir.glob(f"{run}*-{repetition}/summary.txt")):
+            return "done"
+        return "waits" if self.ticket and not self.ticket.is_file() else "missing"
 
 
 @dataclass(frozen=True)
@@ -137,222 +135,171 @@ class Maker:
     """Makes the commands of one data set, network and round."""
 
     scale: Scale
-    where: list[str]
+    output_dir: Path
+    places: tuple[str, ...]
     dataset: str
     arch: str
     number: int
 
-    def __call__(self, shows: tuple[str, ...], method: str, name: str, flags: str = "") -> Command:
-        network = f"--dataset {self.dataset} --arch {self.arch} {self.scale.flags}"
-        words = shlex.split(f"{network} {flags} --round {self.number} --exp_name {name}")
-        return Command(shows, method, (*words, *self.where))
+    def __call__(self, shows: tuple[str, ...], script: str, experiment: str, flags: str = "", **ticket) -> Command:
+        """A run of a script. One that is given a ticket has the ticket's sparsity, and no flags for it."""
+        groups = ("all",) if ticket else ("all", *SCRIPTS[script])
+        texts = [f"--dataset {self.dataset} --arch {self.arch}", *(self.scale.flags.get(name, "") for name in groups)]
+        words = shlex.split(" ".join([*texts, flags, f"--round {self.number} --exp_name {experiment}"]))
+        name = f"{experiment}/{self._run()}"
+        return Command(shows, name, f"train_snn_{script}.py", tuple(words), self.places, **ticket)
 
-    def ticket(self, name: str, level: int) -> str:
-        """The flag that gives a run the ticket of another one."""
-        folder = Path(self.where[1]) / name / f"{self.dataset}-{self.arch}-round{self.number}"
-        return f"--ticket {shlex.quote(str(folder / 'tickets' / f'level_{level:02d}.safetensors'))}"
+    def imp_ticket(self, experiment: str, level: int) -> dict:
+        """The ticket of an IMP run, for a run that is to be given it."""
+        return self._ticket(experiment, self._run(), level)
+
+    def early_bird_ticket(self, experiment: str, level: int) -> dict:
+        """The ticket of an EB run, for a run that is to be given it."""
+        percent = round(100 * sparsity_after(level, self.scale.prune_percent / 100), 2)
+        return self._ticket(experiment, self._run(f"-{percent:g}"), level)
+
+    def _run(self, sparsity: str = "") -> str:
+        return f"{self.dataset}-{self.arch}{sparsity}-round{self.number}"
+
+    def _ticket(self, experiment: str, run: str, level: int) -> dict:
+        path = self.output_dir / experiment / run / "tickets" / f"level_{level:02d}.safetensors"
+        return {"needs": f"{experiment}/{self._run()}", "ticket": path}
 
 
-def _table_1(command: Maker, scale: Scale, shows: tuple[str, ...], more: tuple[str, ...]) -> Iterator[Command]:
-    levels = " ".join(map(str, scale.levels))
-    yield command(shows + more, "laterewindlth", "imp")
-    yield command(shows + more, "earlyT_laterewindlth", "imp-et", f"--evaluate_levels {levels}")
-    for level in scale.levels:
-        yield command(shows, "earlybird", f"eb-{level}", f"--sparsity_round {level}")
-        yield command(shows, "earlyT_earlybird", f"eb-et-{level}", f"--sparsity_round {level}")
-        yield command((*shows, "Fig. 10"), "oneshot", f"random-{level}", f"--ticket random --sparsity_round {level}")
+def commands(scale: Scale, output_dir: Path, data_dir: str | None = None) -> Iterator[Command]:
+    """All runs, round by round; each after the run whose ticket it needs."""
+    places = ("--output_dir", str(output_dir), *(("--data_dir", data_dir) if data_dir else ()))
+    for number in range(1, scale.rounds + 1):
+        for network in scale.networks:
+            command = Maker(scale, output_dir, places, *network, number)
+            first = network == scale.networks[0]
+            yield from _table_1(command, TABLE_1 + OBSERVATIONS if first else TABLE_1, EACH_LEVEL)
+            if first or network[1] == "vgg16":
+                yield command(("Fig. 9", "Fig. 10"), "laterewindlth", "ann", ANN)
+                for level in scale.levels:
+                    ticket = command.imp_ticket("ann", level)
+                    yield command(("Fig. 9",), "oneshot", f"transfer-{level}", **ticket)
+            if network in scale.early_networks:
+                yield from _early_time(command)
+            if first:
+                yield from _first_network(command)
+        for network in scale.deeper_networks:
+            each_level = [(("supplement G",), *rest) for _, *rest in EACH_LEVEL]
+            yield from _table_1(Maker(scale, output_dir, places, *network, number), ("supplement G",), each_level)
 
 
-def _first_network(command: Maker, scale: Scale) -> Iterator[Command]:
-    for epoch in scale.rewinding_epochs:
+def _table_1(command: Maker, shows: tuple[str, ...], each_level) -> Iterator[Command]:
+    levels = " ".join(map(str, command.scale.levels))
+    yield command(shows, "laterewindlth", "imp")
+    yield command(shows, "earlyT_laterewindlth", "imp-et", f"--evaluate_levels {levels}")
+    yield from _each_level(command, each_level)
+
+
+def _each_level(command: Maker, each_level) -> Iterator[Command]:
+    for level in command.scale.levels:
+        for shows, name, script, flags in each_level:
+            yield command(shows, script, f"{name}-{level}", f"{flags} --sparsity_round {level}")
+
+
+def _early_time(command: Maker) -> Iterator[Command]:
+    # section 3.3: the divergence of a network that is trained at T throughout
+    flags = "--early_time_threshold 0 --sparsity_round 1"
+    yield command(("Fig. 5", "supplement C"), "earlyT_laterewindlth", "divergence", flags)
+    for timesteps in range(2, 6):
+        flags = f"--ticket magnitude --search_timestep {timesteps} --sparsity_round {command.scale.levels[1]}"
+        yield command(("Fig. 4",), "oneshot", f"magnitude-t{timesteps}", flags)
+
+
+def _first_network(command: Maker) -> Iterator[Command]:
+    for epoch in command.scale.rewinding_epochs:
         shows = ("Fig. 3", "Fig. 7a") if epoch == 0 else ("Fig. 7a",)
         yield command(shows, "laterewindlth", f"imp-rewind-{epoch}", f"--rewinding_epoch {epoch}")
     yield command(("Fig. 7b",), "laterewindlth", "imp-local", "--pruning_scope local")
-    levels = " ".join(map(str, scale.levels))
+    levels = f"--evaluate_levels {' '.join(map(str, command.scale.levels))}"
     for threshold in ("0.2", "1.01"):  # where 0.6 leads to T = 3, these lead to 4 and to 2
-        flags = f"--early_time_threshold {threshold} --evaluate_levels {levels}"
+        flags = f"--early_time_threshold {threshold} {levels}"
         yield command(("Fig. 8c",), "earlyT_laterewindlth", f"imp-et-{threshold}", flags)
-    flags = f"--divergence js --evaluate_levels {levels}"
-    yield command(("supplement F",), "earlyT_laterewindlth", "imp-et-js", flags)
-    for level in scale.levels:
-        yield command(("Fig. 10",), "oneshot", f"snip-{level}", f"--ticket snip --sparsity_round {level}")
-        for kind in ("snip", "random"):
-            flags = f"--ticket {kind} --sparsity_round {level} --neuron relu --timestep 1"
-            yield command(("Fig. 10",), "oneshot", f"ann-{kind}-{level}", flags)
+    yield command(("supplement F",), "earlyT_laterewindlth", "imp-et-js", f"--divergence js {levels}")
+    yield from _each_level(command, EACH_LEVEL_OF_THE_FIRST)
     for how in ("weights", "lr", "none"):  # the last rate of a cosine is too small to fine-tune with
         flags = f"--rewind {how} --scheduler step"
         yield command(("rewinding",), "laterewindlth", f"imp-step-{how}", flags)
-    for level in scale.levels:
-        for name, source in (("imp", "imp"), ("eb", f"eb-{level}"), ("eb-et", f"eb-et-{level}")):
-            flags = f"{command.ticket(source, level)} --control shuffle"
-            yield command(("controls",), "oneshot", f"{name}-shuffle-{level}", flags)
-        flags = f"{command.ticket('imp', level)} --control reinit"
-        yield command(("controls",), "oneshot", f"imp-reinit-{level}", flags)
+    for level in command.scale.levels:
+        imp = command.imp_ticket("imp", level)
+        birds = {name: command.early_bird_ticket(f"{name}-{level}", level) for name in ("eb", "eb-et")}
+        for name, ticket in ({"imp": imp} | birds).items():
+            yield command(("controls",), "oneshot", f"{name}-shuffle-{level}", "--control shuffle", **ticket)
+        yield command(("controls",), "oneshot", f"imp-reinit-{level}", "--control reinit", **imp)
     for options in ("--precision fp32", "--precision bf16", "--precision bf16 --compile"):
-        name = "dense-" + "-".join(word for word in options.replace("--", "").split() if word != "precision")
+        name = "dense-" + options.removeprefix("--precision ").replace(" --", "-")
         yield command(("precision",), "oneshot", name, f"--ticket random --sparsity_round 0 {options}")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=SCALES, default="full", help="size of the experiments (default: full)")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands and how long they would take")
-    parser.add_argument(
-        "--only", metavar="TEXT", default="", help="only what is behind this (Fig. 9), or has it among its flags"
-    )
-    parser.add_argument(
-        "--launcher", choices=("local", "ray"), default="local", help="where the runs are: here, or on a Ray cluster"
-    )
-    parser.add_argument(
-        "--jobs", type=_at_least_1, metavar="N", help="runs at a time (default: 1; ray: as many as there is room for)"
-    )
-    parser.add_argument(
-        "--cpus_per_run", type=_at_least_1, metavar="N", help="threads of a run (default: cores / --jobs; ray: 1)"
-    )
-    parser.add_argument(
-        "--gpus_per_run", type=_gpus, metavar="N", help="ray: GPUs of a run, or a share of one (default: 1 if any)"
-    )
-    parser.add_argument(
-        "--address", help="ray: the cluster, or auto for the one this machine is in (default: one is started here)"
-    )
-    parser.add_argument("--data_dir", metavar="DIR", help="passed on to every run")
-    parser.add_argument("--output_dir", metavar="DIR", help="folder that holds the runs (default: runs/SCALE)")
+def make_parser() -> Parser:
+    parser = Parser("reproduce.py", __doc__)
+    flag = parser.section("which runs")
+    flag("--scale", SCALES, "full", None, "size of the experiments")
+    flag("--only", str, "", "TEXT", "only what is behind this (Fig. 9), or has it in its command", shown="all")
+    flag("--dry_run", bool, False, None, "print the commands and what is done")
+    flag("--data_dir", str, None, "DIR", "passed on to every run", shown="that of the scripts")
+    flag("--output_dir", str, lambda flags: f"runs/{flags.scale}", "DIR", "folder of all runs", shown="runs/SCALE")
+
+    flag = parser.section("where they run")
+    flag("--launcher", ("local", "ray"), "local", None, "on this machine, or on a Ray cluster")
+    flag("--jobs", positive_int, None, "N", "local: runs at a time", shown="1")
+    flag("--cpus_per_run", positive_int, None, "N", "threads of a run", shown="cores / --jobs; ray: 1")
+    flag("--gpus_per_run", not_negative, None, "N", "ray: GPUs of a run, or a share of one", shown="1 if there is any")
+    flag("--address", str, None, "HOST:PORT", "ray: the cluster; auto for that of this machine", shown="starts one")
+    for name, launcher in (("--jobs", "local"), ("--gpus_per_run", "ray"), ("--address", "ray")):
+        parser.only_with(name, "--launcher", launcher)
+
+    def whole_above_1(flags):
+        gpus = flags.gpus_per_run
+        if gpus is not None and gpus > 1 and not gpus.is_integer():
+            parser.error(f"argument --gpus_per_run: must be from 0 to 1 or a whole number, got {gpus:g}")
+
+    parser.check(whole_above_1)
     return parser
 
 
-@one_line_errors
 def main(argv=None):
     parser = make_parser()
-    args = parser.parse_args(argv)
-    for name in ("address", "gpus_per_run"):
-        if args.launcher == "local" and getattr(args, name) is not None:
-            parser.error(f"argument --{name}: only with --launcher ray")
-    output_dir = args.output_dir or f"runs/{args.scale}"
+    args = parser.parse(argv)
+    output_dir = Path(args.output_dir)
     everything = list(commands(SCALES[args.scale], output_dir, args.data_dir))
-    without_paths = commands(SCALES[args.scale], ".")
-    texts = {command: str(bare) for command, bare in zip(everything, without_paths, strict=True)}
-    wanted = [command for command in everything if args.only in command.shows or args.only in texts[command]]
+    wanted = [c for c in everything if args.only in c.shows or args.only in shlex.join([c.script, *c.flags])]
     if not wanted:
         shown = dict.fromkeys(name for command in everything for name in command.shows)
         parser.error(f"argument --only: no command has {args.only!r}; they are behind: {'; '.join(shown)}")
-    sources = {command.source for command in wanted}
-    wanted = [command for command in everything if command in wanted or command.name in sources]
+    needed = {command.needs for command in wanted}
+    wanted = [command for command in everything if command in wanted or command.name in needed]
+    states = {command: command.state(output_dir) for command in wanted}
+    missing = [command for command, state in states.items() if state != "done"]
     if args.dry_run:
-        return dry_run(wanted)
-    with contextlib.closing(_executor(args)) as executor:
-        work = Work(wanted, executor, Path(output_dir) / "logs", state, cost)
-        try:
-            work.run()
-        finally:
-            for command, lines in work.failed.items():
-                print(f"\nfailed: {command}\n{lines}", file=sys.stderr)
-    subprocess.run([sys.executable, ROOT / "report.py", output_dir, "--out", f"{output_dir}-report"], check=False)
-    raise SystemExit(1 if work.failed else 0)
-
-
-def _executor(args) -> Local | OnRay:
-    if args.launcher == "ray":
-        return OnRay(args.address, args.jobs, args.cpus_per_run or 1, args.gpus_per_run)
-    jobs = args.jobs or 1
-    # a batch system may give a part of the machine
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Local(jobs, args.cpus_per_run or max(1, cores // jobs))
-
-
-def _at_least_1(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number and at least 1, got {text!r}")
-    return int(text)
-
-
-def _gpus(text: str) -> float:
+        for command, state in states.items():
+            print(f"# {', '.join(command.shows)}: {state}\npython {shlex.join(command.words)}")
+        print(f"# done {len(wanted) - len(missing)} of {len(wanted)}")
+        return
+    print(f"{len(missing)} of {len(wanted)} runs, output in {output_dir / 'logs'}", flush=True)
     try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not (0 <= number <= 1 or (number > 1 and number.is_integer())):
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1 or a whole number, got {text!r}")
-    return number
+        if args.launcher == "ray":
+            cpus, gpus = args.cpus_per_run or 1, args.gpus_per_run
+            failed = run_on_ray(missing, output_dir / "logs", args.address, cpus, gpus)
+        else:
+            jobs = args.jobs or 1
+            failed = run_here(missing, output_dir / "logs", jobs, args.cpus_per_run or max(1, _cores() // jobs))
+    except (InputError, OSError) as error:
+        parser.error(str(error))
+    subprocess.run([sys.executable, ROOT / "report.py", output_dir, "--out", f"{output_dir}-report"], check=False)
+    if failed:
+        names = "; ".join(command.name for command in failed)
+        print(f"failed, or without the ticket of one that failed: {names}", file=sys.stderr)
+        raise SystemExit(1)
 
 
-def state(command: Command) -> str:
-    """``done``, ``missing`` (also if begun, or refused: the script says why), or ``waits`` for another run's ticket."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
-        try:
-            return "done" if Run(get_args(command.method, None, list(command.flags))).finished else "missing"
-        except (InputError, OSError, SystemExit):
-            return "waits" if "argument --ticket" in error.getvalue() else "missing"
-
-
-def dry_run(wanted: list[Command]) -> None:
-    """Print what is behind what, and about how long it takes: its training, all at T, EB to the last epoch."""
-    total = 0.0
-    for command in wanted:
-        now = state(command)
-        seconds = 0.0 if now == "done" else estimate(command)
-        total += seconds
-        print(f"# {', '.join(command.shows)}: {now}" + ("" if now == "done" else f", about {clock(seconds)}"))
-        print(command)
-    print(f"# {len(wanted)} runs, about {clock(total)} one after the other on this machine")
-
-
-def estimate(command: Command) -> float:
-    """Seconds that the training of a run takes, from a few steps here."""
-    args = _training(command)
-    images, side = _images(args)
-    # a CPU's time goes with the images, and a full batch may not fit its memory
-    batch_size = args.batch_size if args.device.startswith("cuda") else min(args.batch_size, TIMED_IMAGES)
-    network = (args.arch, DATASETS[args.dataset].channels, side, args.neuron, args.width)
-    step = seconds_per_step(*network, args.timestep, batch_size, args.device, args.precision)
-    return step * images / batch_size * sum(planned_epochs(args))
-
-
-def cost(command: Command) -> float:
-    """Operations of the training of a run, all at T; only their ratios mean something."""
-    args = _training(command)
-    images, side = _images(args)
-    step = operations(args.arch, DATASETS[args.dataset].channels, side, args.width)
-    return step * args.timestep * images * sum(planned_epochs(args))
-
-
-def _training(command: Command) -> argparse.Namespace:
-    """The flags that say how long a run trains."""
-    flags = list(command.flags)
-    if command.source:
-        flags[flags.index("--ticket") + 1] = "random"  # it need not be there yet; its training takes as long
-    with contextlib.redirect_stdout(io.StringIO()):
-        return get_args(command.method, None, flags)
-
-
-def _images(args: argparse.Namespace) -> tuple[int, int]:
-    """How many there are to train on, and their side in pixels."""
-    images, side = IMAGES.get(args.dataset, (50_000, 32))
-    return min(images, args.train_samples or images), side
-
-
-@cache
-def operations(arch, channels, side, width) -> int:
-    """Of convolutions and linear layers, for one image and timestep; nothing is computed for it."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        build_model(arch, channels, 10, "relu", width)(torch.empty(1, channels, side, side), 1)
-    return counter.get_total_flops()
-
-
-@cache
-def seconds_per_step(arch, channels, side, neuron, width, timesteps, batch_size, device, precision) -> float:
-    """Seconds of a training step on this machine, the mean of a few after a first one."""
-    model = build_model(arch, channels, 10, neuron, width).to(device)
-    settings = argparse.Namespace(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=5e-4, cuda_graph=False)
-    update = MaskedUpdate(make_optimizer(model, settings), model, dense_mask(model))
-    images = torch.randn(batch_size, channels, side, side, device=device)
-    labels = torch.randint(10, (batch_size,), device=device)
-    for step in range(TIMED_STEPS + 1):
-        if step == 1:
-            started = time.perf_counter()
-        loss = loss_over_time(forward(model, images, timesteps, precision, batch_size), labels)
-        update(loss)
-        loss.item()
-    return (time.perf_counter() - started) / TIMED_STEPS
+def _cores() -> int:
+    """Cores that this process may use: a batch system may give a part of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -1,118 +1,162 @@
-"""The list of runs: every command parses, what is done is skipped, what fails is named and stops nothing."""
+"""The list of runs: its commands are accepted by their scripts, what is done is skipped, what fails is named."""
 
-import json
+import dataclasses
+import importlib
+from pathlib import Path
 
 import pytest
-from conftest import TINY, Finished
+import torch
+from conftest import ROOT, TINY, Finished
 
 from benchmarks import reproduce
 from models import ARCHITECTURES
-from utils.flags import METHODS, get_args
+from utils.runs import Run
+from utils.tickets import write_ticket
 
-# of the list's own flags, the data set is the network's
-FLAGS = " ".join(TINY).replace("--dataset synthetic", "")
+MASK = {"conv.weight": torch.tensor([[True, False]])}
+
+
+class Accepted(Exception):
+    """A script got as far as its data."""
+
+
+@pytest.fixture
+def accepted(monkeypatch):
+    """Checks a command with its script's own parser; returns the folder that the run would have."""
+
+    def stop(args, sparsity=None):
+        raise Accepted(args, sparsity)
+
+    def check(command):
+        script = importlib.import_module(command.script.removesuffix(".py"))
+        monkeypatch.setattr(script, "start", stop)
+        with pytest.raises(Accepted) as accepted:
+            script.main(list(command.words[1:]))
+        return Run(*accepted.value.args).folder
+
+    return check
 
 
 @pytest.fixture
 def tiny_scale(monkeypatch):
+    tiny = TINY.replace("--dataset synthetic", "").replace("--arch alexnet", "")
     scale = reproduce.Scale(
-        flags=FLAGS,
-        networks=(("synthetic", "vgg16"),),
+        flags={
+            "all": tiny,
+            "sparsity": "--prune_iterations 3 --prune_percent 50",
+            "rewinding": "--rewinding_epoch 2",
+            "early_bird": "--eb_window 1 --eb_tolerance 0.2",
+        },
+        networks=(("synthetic", "alexnet"),),
         early_networks=(),
         deeper_networks=(),
         levels=(1,),
+        prune_percent=50,
         rewinding_epochs=(0,),
         rounds=1,
     )
     monkeypatch.setitem(reproduce.SCALES, "small", scale)
 
 
+def commands_of(scale, output_dir=Path("runs/list")):
+    return list(reproduce.commands(reproduce.SCALES[scale], output_dir))
+
+
 @pytest.mark.parametrize("scale", reproduce.SCALES)
-def test_every_command_parses_and_has_a_folder_of_its_own(scale, monkeypatch, capsys):
-    # a saved ticket is one that an earlier command writes
-    monkeypatch.setattr("utils.flags.Path.is_file", lambda path: True)
-    monkeypatch.setattr("utils.flags.load_ticket", lambda path, remedy: ({}, {}, {"level": 1, "epoch": 2}))
-    commands = list(reproduce.commands(reproduce.SCALES[scale], "runs/list"))
-    folders = set()
-    for command in commands:
-        args = get_args(command.method, None, list(command.flags))
-        folders.add((args.exp_name, args.dataset, args.arch, args.round))
-    assert len(folders) == len(commands)
-    assert {command.method for command in commands} == set(METHODS)
-    assert {number for *_, number in folders} == set(range(1, reproduce.SCALES[scale].rounds + 1))
-    if scale == "full":
-        assert {arch for _, _, arch, _ in folders} == set(ARCHITECTURES)
-    shows = {name for command in commands for name in command.shows}
+def test_scripts_accept_their_commands_and_write_where_the_list_looks(scale, accepted, tmp_path):
+    one_round = dataclasses.replace(reproduce.SCALES[scale], rounds=1)
+    folders, places = {}, set()
+    for command in reproduce.commands(one_round, tmp_path):
+        if command.ticket:
+            assert command.ticket.parent.parent == folders[command.needs], "a run's own ticket, and the run comes first"
+            assert command.state(tmp_path) == ("missing" if command.ticket.exists() else "waits")
+            command.ticket.parent.mkdir(parents=True, exist_ok=True)
+            origin = {"network": {}, "level": 1, "epoch": 2, "ticket": "level_01"}
+            write_ticket(command.ticket, MASK, {"conv.weight": torch.ones(1, 2)}, origin)
+        assert command.state(tmp_path) == "missing"
+        folder = folders[command.name] = accepted(command)
+        places.add(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.txt").touch()
+        assert command.state(tmp_path) == "done"
+    assert len(places) == len(folders) == len(list(reproduce.commands(one_round, tmp_path)))
+
+
+@pytest.mark.parametrize("scale", reproduce.SCALES)
+def test_figures_and_rounds_are_all_there(scale):
+    commands = commands_of(scale)
     figures = {f"Fig. {name}" for name in "1 3 4 5 6 7a 7b 7c 8a 8b 8c 9 10 11".split()}
-    assert figures | {"Table 1", "Table 2", "supplement C", "supplement F"} <= shows
+    assert figures | {"Table 1", "Table 2", "supplement C", "supplement F"} <= {n for c in commands for n in c.shows}
+    assert len({command.name for command in commands}) == len(commands)
+    per_round = [[c for c in commands if c.name.endswith(f"-round{n + 1}")] for n in range(len(commands))]
+    rounds = [runs for runs in per_round if runs]
+    assert len(rounds) == reproduce.SCALES[scale].rounds
+    assert len({len(runs) for runs in rounds}) == 1
 
 
-def test_table_1_and_fig_9_are_there_for_all_their_networks():
+def test_tables_are_there_for_all_their_networks():
     found = {}
-    for command in reproduce.commands(reproduce.SCALES["full"], "runs/list"):
-        for name in command.shows:
-            network = command.value("--dataset"), command.value("--arch")
-            found.setdefault(name, {}).setdefault(network, set()).add(command.value("--exp_name"))
+    for command in commands_of("full"):
+        experiment, run = command.name.split("/")
+        for shown in command.shows:
+            found.setdefault(shown, {}).setdefault(tuple(run.split("-")[:2]), set()).add(experiment)
     data_sets = ("cifar10", "cifar100", "svhn", "fmnist")
     assert set(found["Table 1"]) == {(data, arch) for data in data_sets for arch in ("vgg16", "resnet19")}
     each = {"imp", "imp-et"} | {f"{name}-{level}" for name in ("eb", "eb-et", "random") for level in (4, 8, 11, 14)}
-    assert all(names == each for names in found["Table 1"].values())
+    assert all(experiments == each for experiments in found["Table 1"].values())
     assert set(found["Fig. 9"]) == {(data, "vgg16") for data in data_sets}
     assert set(found["supplement G"]) == {("tinyimagenet", "resnet34"), ("cifar10", "alexnet")}
+    assert {arch for networks in found.values() for _, arch in networks} == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("scale", reproduce.SCALES)
-def test_tickets_are_of_runs_in_the_list(scale):
-    commands = list(reproduce.commands(reproduce.SCALES[scale], "runs/list"))
-    sources = {command.source for command in commands} - {None}
-    assert sources
-    assert sources <= {command.name for command in commands}
+def run_list(*flags):
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["--scale", "small", *map(str, flags)])
+    return stop.value.code
 
 
+@pytest.mark.slow
 def test_list_runs_what_is_missing_and_skips_what_is_done(tiny_scale, tmp_path, capfd):
-    call = ["--scale", "small", "--only", "Fig. 9", "--jobs", "2", "--output_dir", str(tmp_path / "runs")]
+    call = ["--scale", "small", "--only", "Fig. 9", "--output_dir", str(tmp_path / "runs")]
     reproduce.main([*call, "--dry_run"])
-    before = capfd.readouterr().out
-    assert before.count("missing, about") == 1
-    assert before.count("waits, about") == 1
+    states = [line.split()[-1] for line in capfd.readouterr().out.splitlines() if line.startswith("# Fig")]
+    assert states == ["missing", "waits"]
     assert not (tmp_path / "runs").exists()
 
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(call)
-    assert stop.value.code == 0
-    out = capfd.readouterr().out
-    assert out.index("--exp_name ann") < out.index("--exp_name transfer-1")  # the ticket comes first
-    assert Finished(tmp_path / "runs" / "transfer-1" / "synthetic-vgg16-round1").results
-    assert (tmp_path / "runs-report" / "report.html").exists()
+    reproduce.main(call)
+    (summary,) = (tmp_path / "runs" / "transfer-1").rglob("summary.txt")
+    run = Finished(summary.parent)
+    assert run.args["method"] == "oneshot-transfer"
+    assert run.results[0]["sparsity"] == pytest.approx(50, abs=0.1)
 
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(call)
-    assert stop.value.code == 0
-    assert "done in" not in capfd.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    reproduce.main(call)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {path for path in (tmp_path / "runs").rglob("*") if path.is_file()} == set(before), "nothing was started"
 
 
-def test_run_that_fails_is_named_and_stops_nothing(tiny_scale, tmp_path, capfd):
-    runs = tmp_path / "runs"
-    broken = runs / "random-1" / "synthetic-vgg16-round1"
+@pytest.mark.slow
+def test_run_that_fails_is_named_and_ends_with_1(tiny_scale, tmp_path, capfd):
+    broken = tmp_path / "random-1" / "synthetic-alexnet-50-round1"
     broken.mkdir(parents=True)
-    (broken / "metrics.jsonl").write_text("")  # a run without args.json is refused
-    call = ["--scale", "small", "--only", "--ticket random --sparsity_round 1", "--output_dir", str(runs)]
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(call)
-    assert stop.value.code == 1
+    (broken / "args.json").write_text("{")
+    assert run_list("--only", "exp_name random-1", "--output_dir", tmp_path) == 1
     error = capfd.readouterr().err
-    assert error.count("failed:") == 1
-    assert "holds a run without args.json" in error
-    assert json.loads((runs / "ann-random-1" / "synthetic-vgg16-round1" / "results.json").read_text())
+    assert "random-1/synthetic-alexnet-round1" in error.splitlines()[-1]
+    assert "args.json" in error
 
 
-def test_part_of_the_list_brings_the_tickets_that_it_needs(tiny_scale, tmp_path, capsys):
+def test_part_of_the_list_brings_the_tickets_that_it_needs(tmp_path, capsys):
     reproduce.main(["--scale", "small", "--only", "controls", "--dry_run", "--output_dir", str(tmp_path)])
-    names = [line.split("--exp_name ")[1].split()[0] for line in capsys.readouterr().out.splitlines() if line[0] == "p"]
-    assert {"imp", "eb-1", "eb-et-1", "imp-shuffle-1", "eb-shuffle-1", "eb-et-shuffle-1", "imp-reinit-1"} == set(names)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
+    names = {line.split("--exp_name ")[1].split()[0] for line in lines}
+    made = {
+        f"{name}-{level}" for name in ("imp-shuffle", "imp-reinit", "eb-shuffle", "eb-et-shuffle") for level in "246"
+    }
+    assert names == made | {"imp"} | {f"{name}-{level}" for name in ("eb", "eb-et") for level in "246"}
 
 
-def test_part_is_not_looked_for_in_paths(tiny_scale, tmp_path, capsys):
+def test_part_is_not_looked_for_in_paths(tmp_path, capsys):
     paths = ["--output_dir", str(tmp_path / "snip"), "--data_dir", str(tmp_path / "snip")]
     reproduce.main(["--scale", "small", "--only", "snip", "--dry_run", *paths])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
@@ -120,8 +164,20 @@ def test_part_is_not_looked_for_in_paths(tiny_scale, tmp_path, capsys):
     assert all("--ticket snip" in line for line in lines)
 
 
-def test_nothing_to_do_names_what_there_is(tiny_scale, capsys):
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(["--scale", "small", "--only", "Fig. 99"])
-    assert stop.value.code == 2
-    assert "Table 1; Table 2; Fig. 1" in capsys.readouterr().err.strip().splitlines()[-1]
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--only Fig.99", "supplement F"),
+        ("--jobs 0", "--jobs"),
+        ("--cpus_per_run x", "--cpus_per_run"),
+        ("--launcher ray --gpus_per_run 1.5", "--gpus_per_run"),
+        ("--launcher ray --jobs 2", "--jobs"),
+        ("--gpus_per_run 1", "--gpus_per_run"),
+        ("--address auto", "--address"),
+        ("--launcher slurm", "--launcher"),
+    ],
+)
+def test_wrong_flags_are_one_line(flags, named, capsys):
+    assert run_list(*flags.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
