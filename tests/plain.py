@@ -1,0 +1,158 @@
+"""IMP, EB and their Early-Time variants once more, as plain loops: what the scripts must agree with, bit for bit.
+
+Only the seeds of the draws, the images and their augmentation are those of the scripts.
+"""
+
+import copy
+import math
+from argparse import Namespace
+
+import torch
+from torch.nn import functional as F
+
+from models import build_model
+from utils.augment import augment, draw, normalise
+from utils.training import effective_seed, generator
+
+
+def sorted_away(model, mask, fraction, scope):
+    """The mask without the smallest weights; sorting is stable, so the first of equals goes first."""
+    weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    entries = [(value, name, i) for name, p in weights.items() for i, value in enumerate(p.abs().flatten().tolist())]
+    alive = {name: mask[name].flatten().tolist() for name in mask}
+    entries = [(value, name, i) for value, name, i in entries if alive[name][i]]
+    for layers in [set(weights)] if scope == "global" else [{name} for name in weights]:
+        own = [entry for entry in entries if entry[1] in layers]
+        for _, name, i in sorted(own, key=lambda entry: entry[0])[: round(fraction * len(own))]:
+            alive[name][i] = False
+    return {name: torch.tensor(alive[name]).view_as(p) for name, p in weights.items()}
+
+
+def apart(a, b, kind):
+    """The part of the weights that differs between two masks."""
+    a, b = (torch.cat([m.flatten() for m in mask.values()]).tolist() for mask in (a, b))
+    differing = sum(x != y for x, y in zip(a, b, strict=True))
+    return differing / (len(a) if kind == "hamming" else sum(x or y for x, y in zip(a, b, strict=True)))
+
+
+class Plain:
+    """A network in training. ``args``: the ``args.json`` of the script's run."""
+
+    def __init__(self, args, data):
+        self.args, self.data = Namespace(**args), data
+        torch.manual_seed(effective_seed(self.args))
+        names = ("arch", "width", "neuron", "tau", "v_threshold", "surrogate_alpha", "batch_norm")
+        self.model = build_model(channels=3, classes=10, **{name: args[name] for name in names})
+        self.dense = {
+            name: torch.ones_like(p, dtype=torch.bool) for name, p in self.model.named_parameters() if p.dim() > 1
+        }
+        self.early_time = self.args.timestep
+        self.restart(self.state(), self.dense)
+
+    def state(self):
+        return copy.deepcopy(self.model.state_dict())
+
+    def restart(self, state, mask):
+        args = self.args
+        self.model.load_state_dict(state)
+        with torch.no_grad():
+            for name, kept in mask.items():
+                self.model.get_parameter(name)[~kept] = 0
+        options = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), args.learning_rate, **options)
+
+    def inputs(self, images):
+        spec = self.data.train.spec
+        return normalise(images, torch.tensor(spec.mean), torch.tensor(spec.std))
+
+    def epoch(self, epoch, timesteps, level, mask, final_rate=False):
+        args, train = self.args, self.data.train
+        rate_epoch = args.end_iter - 1 if final_rate else epoch
+        self.optimizer.param_groups[0]["lr"] = (
+            args.learning_rate / 2 * (1 + math.cos(math.pi * rate_epoch / args.end_iter))
+        )
+        order = torch.randperm(len(train), generator=generator(args, "shuffle", level, epoch))
+        drawn = draw(train.spec.recipe, len(train), (32, 32), generator(args, "augment", level, epoch))
+        self.model.train()
+        for start in range(0, len(train), args.batch_size):
+            batch = slice(start, start + args.batch_size)
+            images, labels = train.images[order[batch]], train.labels[order[batch]]
+            logits = self.model(self.inputs(augment(images, train.spec.recipe, drawn[batch])), timesteps)
+            self.optimizer.zero_grad()
+            F.cross_entropy(logits.reshape(-1, 10), labels.repeat(timesteps)).backward()
+            self.optimizer.step()
+            for name, kept in mask.items():
+                self.model.get_parameter(name).data[~kept] = 0
+
+    def logits(self, split, timesteps):
+        with torch.no_grad():
+            return self.model.eval()(self.inputs(split.images), timesteps)
+
+    def accuracy(self):
+        right = self.logits(self.data.test, self.args.timestep).mean(0).argmax(1) == self.data.test.labels
+        return 100 * right.sum().item() / len(right)
+
+    def choose_time(self, probe):
+        """Eq. 1, divided by its value at two timesteps."""
+        args, logits = self.args, self.logits(probe, self.args.timestep).double()
+        final = logits.mean(0).softmax(1)
+        divergences = {}
+        for t in range(2, args.timestep):
+            p = logits[:t].mean(0).softmax(1)
+            divergences[t] = (p * (p / final).log()).sum(1).mean().item()
+        close = [t for t, value in divergences.items() if value / divergences[2] < args.early_time_threshold]
+        self.early_time = min(close, default=args.timestep)
+
+
+def imp(args, data, probe=None):
+    """IMP, with ``probe`` IMP + ET: per level that is reported, mask, final weights and accuracy."""
+    plain = Plain(args, data)
+    args, found, mask = plain.args, {}, plain.dense
+    point = plain.state()
+    for epoch in range(max(args.rewinding_epoch, args.early_time_epoch if probe else 0)):
+        plain.epoch(epoch, plain.early_time, 0, {})
+        if probe and epoch + 1 == args.early_time_epoch:
+            plain.choose_time(probe)
+        if epoch + 1 == args.rewinding_epoch:
+            point = plain.state()
+
+    def train(level, state, mask, timesteps):
+        plain.restart(state, mask)
+        for epoch in range(args.rewinding_epoch, args.end_iter):
+            plain.epoch(epoch, timesteps, level, mask, final_rate=level > 0 and args.rewind == "none")
+
+    starts = [(point, mask)]
+    for level in range(args.sparsity_round + 1):
+        state, mask = starts[level]
+        if not probe or level < args.sparsity_round:
+            train(level, state, mask, plain.early_time)
+            after = plain.state()
+            if not probe:
+                found[f"level_{level:02d}"] = mask, after, plain.accuracy()
+            smaller = sorted_away(plain.model, mask, args.prune_percent / 100, args.pruning_scope)
+            starts.append((point if args.rewind == "weights" else after, smaller))
+    for level in args.evaluate_levels if probe else ():
+        state, mask = starts[level]
+        train(level, state, mask, args.timestep)
+        found[f"level_{level:02d}"] = mask, plain.state(), plain.accuracy()
+    return found, plain.early_time
+
+
+def eb(args, data, probe=None):
+    """EB, with ``probe`` EB + ET."""
+    plain = Plain(args, data)
+    args, initial, masks = plain.args, plain.state(), []
+    target = 1 - (1 - args.prune_percent / 100) ** args.sparsity_round
+    for epoch in range(args.end_iter):
+        plain.epoch(epoch, plain.early_time, 0, {})
+        if probe and epoch + 1 == args.early_time_epoch:
+            plain.choose_time(probe)
+        masks.append(sorted_away(plain.model, plain.dense, target, args.pruning_scope))
+        window = masks[-args.eb_window - 1 : -1]
+        close = [apart(masks[-1], mask, args.eb_distance) < args.eb_tolerance for mask in window]
+        if len(close) == args.eb_window and all(close):
+            break
+    plain.restart(initial, masks[-1])
+    for epoch in range(args.end_iter):
+        plain.epoch(epoch, args.timestep, args.sparsity_round, masks[-1])
+    return {f"level_{args.sparsity_round:02d}": (masks[-1], plain.state(), plain.accuracy())}, plain.early_time
