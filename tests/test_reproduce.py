@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Finished
+from conftest import TINY, Finished
 
 from benchmarks import reproduce
 from models import ARCHITECTURES

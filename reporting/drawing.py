@@ -1,0 +1,167 @@
+"""How a figure looks: lines with their spread in panels below each other, at the width of a column of text."""
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from textwrap import fill
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import offset_copy
+
+from .captions import CAPTIONS
+from .experiments import Section
+from .tables import shown_columns
+
+SPARSITY = "sparsity (% of the prunable weights)"
+COLOURS = ("#0B4F8A", "#E07B00", "#000000", "#4FA8DC", "#8E1B63", "#5BA845", "#7A6A58")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", "<")
+DASHES = ("-", "--", "-.", ":", (0, (7, 1.5)), (0, (4, 1, 1, 1, 1, 1)))
+# neighbours differ in grey, marker, dash and filling, so that any two lines can be told apart in grey print
+CYCLE = [(COLOURS[i % 7], MARKERS[i % 9], DASHES[i % 6]) for i in range(126)]
+
+
+class Panel(NamedTuple):
+    """Lines on one pair of axes.
+
+    Points have their position as index and the columns mean, std and n. ``scale`` is "percent" (at most 100), "zero"
+    (from 0), "wide" (logarithmic for what differs by more than a factor of 20, else from 0) or "free".
+    """
+
+    label: str
+    lines: dict[str, pd.DataFrame]
+    scale: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure: file name without ending, what it shows, how many rounds stand behind it, the drawing and pictures."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    svg: bytes
+    png: bytes
+
+
+def styles_of(labels: Iterable[str], fixed: dict[str, tuple]) -> dict[str, tuple]:
+    """Colour, marker and dash of each label: those that are fixed, or the next that no other label has."""
+    free = iter([style for style in CYCLE if style not in fixed.values()] * 9)
+    return fixed | {label: next(free) for label in dict.fromkeys(labels) if label not in fixed}
+
+
+def points_of(frame: pd.DataFrame, by: str | list[str], field: str) -> pd.DataFrame:
+    """Mean, sample standard deviation (NaN for one value) and number of a field's values, by position."""
+    return frame.dropna(subset=[field]).groupby(by)[field].agg(mean="mean", std="std", n="count")
+
+
+def plot(section: Section | None, name: str, panels: list[Panel], xlabel: str, more="", **options) -> Plot | None:
+    """A figure of the panels that have points, if there are any.
+
+    Args:
+        section: what it is of; None if of all.
+        name: one of ``CAPTIONS``.
+        panels: what to draw; lines without points are left out.
+        xlabel: see ``draw``, and for the options.
+        more: what the caption says besides.
+    """
+    found = [{label: points for label, points in panel.lines.items() if len(points)} for panel in panels]
+    panels = [panel._replace(lines=lines) for panel, lines in zip(panels, found, strict=True) if lines]
+    if not panels:
+        return None
+    counts = [int(n) for panel in panels for points in panel.lines.values() for n in points["n"]]
+    low, high = min(counts), max(counts)
+    title, caption = CAPTIONS[name]
+    caption += f"{more} n = {low}" + (f" to {high}" if low < high else "")
+    caption += "; bars and bands: one sample standard deviation." if high > 1 else "."
+    svg, png = io.BytesIO(), io.BytesIO()
+    figure = draw(panels, xlabel, **options)
+    figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.savefig(png, format="png", dpi=300, metadata={"Software": None})  # the same bytes each time
+    if section:
+        name, title = f"{section.slug}-{name}", f"{title}: {section.title}"
+    return Plot(name, title, caption, figure, svg.getvalue(), png.getvalue())
+
+
+def draw(
+    panels: list[Panel], xlabel: str, styles: dict | None = None, dense: Sequence[tuple] = (), bands=False
+) -> Figure:
+    """Draw panels below each other over one x axis, with a legend below them.
+
+    Args:
+        panels: what to draw.
+        xlabel: of the x axis; ``SPARSITY`` makes that axis even in prunings.
+        styles: colour, marker and dash by label; lines without one get one.
+        dense: names and accuracies of dense networks, horizontal lines.
+        bands: the spread is a band and not bars, and only some points have a marker.
+    """
+    figure = Figure(layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    positions = sorted({x for panel in panels for points in panel.lines.values() for x in points.index})
+    for axis, panel in zip(axes, panels, strict=True):
+        if xlabel == SPARSITY:
+            _sparsity_axis(axis, positions)
+        elif all(x == int(x) for x in positions):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+        for index, (name, accuracy) in enumerate(dense):
+            axis.axhline(accuracy, color="#777777", linewidth=0.8, linestyle=(0, (1 + 4 * index, 2)), label=name)
+        for index, (label, points) in enumerate(panel.lines.items()):
+            _line(
+                axis, label, points, (styles or {}).get(label, CYCLE[index]), index - (len(panel.lines) - 1) / 2, bands
+            )
+        _y_axis(axis, panel)
+    axes[-1].set_xlabel(xlabel)
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    columns = max(1, min(len(handles), 4, 58 // (max(map(len, handles)) + 8)))
+    rows = sum(1 + len(name) // 50 for name in handles) / columns
+    figure.set_size_inches(3.3, 1.75 * len(panels) + 0.6 + 0.15 * rows)  # the width of a column of text
+    figure.legend(
+        handles.values(),
+        [fill(name, 50) for name in handles],
+        loc="outside lower center",
+        ncols=columns,
+        handlelength=2.6,
+        columnspacing=1.2,
+    )
+    return figure
+
+
+def _line(axis, label: str, points: pd.DataFrame, style: tuple, aside: float, bands: bool) -> None:
+    """A line with its spread, as bars that are moved aside a little so that they do not hide others, or as a band."""
+    colour, marker, dash = style
+    x, mean, bar = points.index, points["mean"], points["std"].fillna(0)
+    look = {"color": colour, "marker": marker, "mfc": colour if dash == "-" else "white", "clip_on": False}
+    every = (0.02 * abs(aside), 0.2) if bands else None  # of the axes' diagonal
+    drawn = axis.plot(x, mean, label=label, linestyle=dash, markevery=every, **look)
+    if bands:
+        axis.fill_between(x, mean - bar, mean + bar, color=colour, alpha=0.18, linewidth=0)
+        return
+    bars = axis.errorbar(x, mean, bar.where(bar > 0), fmt="none", ecolor=colour, elinewidth=0.7, capsize=1.8)
+    for artist in [*drawn, *bars.get_children()]:
+        artist.set_transform(offset_copy(axis.transData, axis.figure, x=1.5 * aside, units="points"))
+
+
+def _sparsity_axis(axis, columns: list[float]) -> None:
+    """An axis that is even in prunings, decades of weights that are gone, with the paper's sparsities and the ends."""
+    decades = (lambda column: -np.log10(np.clip(1 - column / 100, 1e-5, None)), lambda x: 100 * (1 - 10**-x))
+    axis.set_xscale("function", functions=decades)
+    ticks = sorted({columns[0], *shown_columns(columns), columns[-1]})
+    axis.set_xticks(ticks, [f"{column:.4g}" for column in ticks], rotation=45)
+    axis.set_xticks(columns, [""] * len(columns), minor=True)
+
+
+def _y_axis(axis, panel: Panel) -> None:
+    axis.set_ylabel(panel.label)
+    means = pd.concat([points["mean"] for points in panel.lines.values()])
+    if panel.scale == "wide" and means.max() >= 20 * means.min():
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+    elif panel.scale == "percent":
+        axis.set_ylim(top=min(axis.get_ylim()[1], 100))
+    elif panel.scale != "free":
+        axis.set_ylim(bottom=0)

@@ -1,0 +1,208 @@
+"""Which runs repeat one experiment, and which experiments share a section.
+
+Runs repeat one experiment if they differ only in ``--round``, in where they lie, in what they ran on and in how sparse
+their tickets are. Any other flag makes another experiment, and the experiment's label names it.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mode
+from typing import NamedTuple
+
+import pandas as pd
+
+from .runs import NUMBERS, SEARCHED, SECONDS, Run
+from .settings import BASES, CONTROLS, METHODS, SIZE, key_of, names_of, settings_of, spoken, usual_settings
+
+OTHERS = ("ticket", "level", "round", "folder", "column", "timing", "layers", "firing_rates", "settled", "epochs")
+SAME = 0.01  # two densities that differ by less than this share are one sparsity: whole weights are pruned
+
+
+class Spread(NamedTuple):
+    """Mean, sample standard deviation (NaN for one value) and number of values."""
+
+    mean: float
+    std: float
+    n: int
+
+
+def spread(values: pd.Series) -> Spread | None:
+    """Mean and spread of the values that are there; None if there are none."""
+    there = values.dropna().astype(float)
+    return Spread(there.mean(), there.std(), len(there)) if len(there) else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All repetitions of one ticket, a row for each round."""
+
+    column: float  # the sparsity in % that the section lists it under
+    ticket: str
+    rows: pd.DataFrame
+
+    @property
+    def silent(self) -> dict[str, int]:
+        """Layers that did not spike once on the test images, and in how many rounds."""
+        return Counter(
+            name for rates in self.rows["firing_rates"].dropna() for name, rate in rates.items() if rate == 0
+        )
+
+    def spread(self, field: str) -> Spread | None:
+        """A field over the rounds; no time if the rounds ran on different machines."""
+        return spread(self.rows[f"comparable_{field}" if field in SECONDS else field])
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that differ in their round alone."""
+
+    name: str  # the label without the flags that tell the experiment from others
+    label: str
+    source: str  # of a control or a transferred ticket: label of the experiment that its tickets are from
+    settings: dict
+    runs: list[Run]
+    tickets: pd.DataFrame  # a row for each ticket and round, with the fields of ``NUMBERS`` and ``OTHERS``, by sparsity
+
+    @property
+    def plain(self) -> bool:
+        """Whether no flag had to be named to tell it from others."""
+        return self.label == self.name
+
+    @property
+    def args(self) -> dict:
+        """Of its first run."""
+        return self.runs[0].args
+
+    @property
+    def ann(self) -> bool:
+        return self.args["neuron"] == "relu"
+
+    @property
+    def searches(self) -> bool:
+        """Whether the runs found their tickets themselves."""
+        return not self.args.get("ticket_origin")
+
+    @property
+    def control(self) -> bool:
+        return self.args["label"].endswith(CONTROLS)
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """By sparsity."""
+        return [Cell(column, ticket, rows) for (column, ticket), rows in self.tickets.groupby(["column", "ticket"])]
+
+    def at(self, column: float) -> list[Cell]:
+        return [cell for cell in self.cells if cell.column == column]
+
+
+@dataclass(frozen=True)
+class Section:
+    """All experiments on one data set with one network at one size."""
+
+    size: dict
+    experiments: list[Experiment]
+
+    @property
+    def title(self) -> str:
+        more = [spoken(name, self.size[name]) for name in SIZE[2:] if self.size[name] not in (None, 1.0)]
+        return ", ".join([self.size["dataset"], self.size["arch"], *more])
+
+    @property
+    def slug(self) -> str:
+        """The title as part of a file's name."""
+        return re.sub(r"[^\w.]+", "-", self.title)
+
+    def dense(self, ann: bool = False) -> tuple[str, Cell] | None:
+        """The dense network, of the SNN or of the ANN: IMP before its first pruning, the plain experiment's first.
+
+        Returns:
+            The experiment's label and the cell, or None if there is none.
+        """
+        name = "IMP, ANN" if ann else "IMP"
+        found = [(e.label, cell) for e in self.experiments if e.name == name for cell in e.at(0.0)]
+        return found[0] if found else None
+
+
+def sections_of(runs: list[Run]) -> list[Section]:
+    """Sort runs into experiments, and experiments into sections by size."""
+    by_size: dict[str, list[Run]] = {}
+    for run in runs:
+        by_size.setdefault(key_of({name: run.args.get(name) for name in SIZE}), []).append(run)
+    sections = [Section(json.loads(size), _experiments(of_size)) for size, of_size in by_size.items()]
+    return sorted(sections, key=lambda section: section.title)
+
+
+def _experiments(runs: list[Run]) -> list[Experiment]:
+    settings = settings_of(runs)
+    usual = usual_settings(settings)
+    columns = _columns(row["sparsity"] for run in runs for row in run.results)
+    groups: dict[str, list[Run]] = {}
+    for run, of_run in zip(runs, settings, strict=True):
+        groups.setdefault(key_of([*names_of(run.args), run.args["method"], of_run]), []).append(run)
+    experiments = []
+    for key, members in groups.items():
+        name, source, _, of_group = json.loads(key)
+        named = [spoken(flag, value) for flag, value in of_group.items() if value != usual.get(flag, value)]
+        # a ticket's settings are not those of the run that trains it
+        source = source if members[0].args.get("ticket_origin") else ", ".join([source, *named])
+        members.sort(key=lambda run: (run.args["round"], run.folder))
+        tickets = _tickets(members, columns)
+        experiments.append(Experiment(name, ", ".join([name, *named]), source, of_group, members, tickets))
+    order = {name: index for index, name in enumerate(METHODS)}
+
+    return sorted(
+        experiments,
+        key=lambda e: (order.get(e.name.removesuffix(", ANN"), len(order)), e.name, e.label),
+    )
+
+
+def _columns(sparsities) -> list[float]:
+    """Sparsities in % to list tickets under: one for all that prune to the same density but for whole weights."""
+    groups: list[list[float]] = []
+    for value in sorted(sparsities):
+        if not groups or not same_sparsity(groups[-1][0], value):
+            groups.append([])
+        groups[-1].append(value)
+    return [mode(round(value, 2) for value in group) for group in groups]
+
+
+def same_sparsity(one: float, other: float) -> bool:
+    """Whether two sparsities in % are one but for whole weights."""
+    return abs(one - other) <= SAME * max(100 - one, 100 - other) + 1e-9
+
+
+def _tickets(runs: list[Run], columns: list[float]) -> pd.DataFrame:
+    """Tickets by sparsity, each with its epochs; the first counts where several runs report a ticket of a round."""
+    rows = [
+        {
+            **row,
+            "round": run.args["round"],
+            "folder": run.folder,
+            "timing": run.timing,
+            "column": min(columns, key=lambda column: abs(column - row["sparsity"])),
+            "layers": row.get("layers") or None,
+            "firing_rates": row.get("firing_rates") or None,
+            "epochs": run.epochs(row["level"]),
+            **(dict.fromkeys(SEARCHED) if run.args.get("ticket_origin") else {}),  # the run did not find its ticket
+        }
+        for run in runs
+        for row in run.results
+    ]
+    frame = pd.DataFrame(rows, columns=[*NUMBERS, *OTHERS]).astype(dict.fromkeys(NUMBERS, float) | {"column": float})
+    once = frame.drop_duplicates(["column", "ticket", "round"])
+    counted = once.sort_values(["column", "ticket"], kind="stable", ignore_index=True)
+    machines = counted.groupby(["column", "ticket"])["timing"].transform("nunique")
+    counted["one_machine"] = machines == 1
+    for field in SECONDS:
+        counted[f"comparable_{field}"] = counted[field].where(counted["one_machine"])
+    return counted
+
+
+def base_of(experiment: Experiment, section: Section) -> Experiment | None:
+    """The experiment without Early-Time that an ET experiment is to be compared with: the same settings otherwise."""
+    mine, method = experiment.settings, BASES.get(experiment.args["method"])
+    same = [e for e in section.experiments if all(mine.get(flag, value) == value for flag, value in e.settings.items())]
+    return next((other for other in same if other.args["method"] == method), None)

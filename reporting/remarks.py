@@ -1,0 +1,78 @@
+"""What has to be known to read a section's numbers."""
+
+from .experiments import Experiment, Section
+from .settings import unlike_paper
+from .text import percent
+
+
+def remarks(section: Section) -> list[str]:
+    """Repeated rounds, changes of the source, differences from the paper, silent layers, Early-Bird, machines."""
+    repeated = [
+        f"{run.folder} repeats a round of {e.label} that another run has reported; it is counted once."
+        for e in section.experiments
+        for run in e.runs
+        if len(run.results) > (e.tickets["folder"] == run.folder).sum()
+    ]
+    sources = {
+        e.label: _together((run.args["circumstances"].get("source"), run.folder) for run in e.runs)
+        for e in section.experiments
+    }
+    changed = [
+        f"Runs of {label} were made by different versions of the source: {'; '.join(map(', '.join, folders.values()))}."
+        for label, folders in sources.items()
+        if len(folders) > 1
+    ]
+    silent = _together(
+        (
+            ", ".join(f"{name} in {n} of {len(cell.rows)} rounds" for name, n in cell.silent.items()),
+            f"{e.label} at {percent(cell.column)}",
+        )
+        for e in section.experiments
+        for cell in e.cells
+    )
+    layers = [f"Silent on all test images: {'; '.join(at)} ({names})." for names, at in silent.items() if names]
+    machines = _together(
+        (str(run.args["circumstances"].get("device_name")), e.label) for e in section.experiments for run in e.runs
+    )
+    lines = [*repeated, *changed, *_unlike_paper(section), *layers, *_settles_at_once(section)]
+    return lines + [f"On {name}: {'; '.join(labels)}." for name, labels in machines.items()]
+
+
+def _together(pairs) -> dict:
+    """The second of each pair, once, by the first."""
+    groups: dict = {}
+    for key, value in pairs:
+        groups.setdefault(key, {})[value] = None  # a set that keeps its order
+    return groups
+
+
+def _unlike_paper(section: Section) -> list[str]:
+    """What differs from the paper everywhere, and what in some experiments."""
+    unlike = [(e, unlike_paper(e.label, section.size | e.settings)) for e in section.experiments]
+    texts = _together((text, e.label) for e, of_experiment in unlike for text in of_experiment.values())
+    flags = {text: flag for _, of_experiment in unlike for flag, text in of_experiment.items()}
+    concerned = {text: [e for e, _ in unlike if flag in section.size | e.settings] for text, flag in flags.items()}
+    common = ", ".join(text for text, labels in texts.items() if len(labels) == len(concerned[text]))
+    own = [(text, labels) for text, labels in texts.items() if len(labels) < len(concerned[text])]
+    lines = [f"Not the paper's size and settings: {common}."] if common else []
+    return lines + [f"Not as in the paper: {text} ({'; '.join(labels)})." for text, labels in own]
+
+
+def _settles_at_once(section: Section) -> list[str]:
+    cells = {
+        e.label: list(map(percent, settles_at_once(e)))
+        for e in section.experiments
+        if e.settings.get("eb_distance") == "hamming"
+    }
+    named = "; ".join(f"{label} at {', '.join(columns)}" for label, columns in cells.items() if columns)
+    text = (
+        "Two masks of one sparsity s differ in at most 2 (1 - s) of their entries, which is below the tolerance of "
+        f"Early-Bird here, so that it settles as soon as its window is full, whatever the masks are: {named}."
+    )
+    return [text] if named else []
+
+
+def settles_at_once(experiment: Experiment) -> list[float]:
+    """Sparsities in % at which no two masks are as far apart (Hamming distance) as Early-Bird's tolerance."""
+    farthest = 2 * (1 - experiment.tickets["sparsity"] / 100)
+    return sorted(set(experiment.tickets["column"][farthest < (experiment.settings.get("eb_tolerance") or 0)]))

@@ -1,0 +1,143 @@
+"""Run folders: what their files hold, checked, and which of them cannot be reported."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.files import InputError, read_json
+
+FILES = ("args.json", "metrics.jsonl", "results.json")
+# what a time depends on
+TIMING = ("device_name", "threads", "ranks", "versions", "precision", "compile", "channels_last", "cuda_graph")
+NUMBER, NONE = (int, float), type(None)
+ARGS_REQUIRED = {
+    **dict.fromkeys(("method", "label", "dataset", "arch", "neuron"), str),
+    **dict.fromkeys(("round", "timestep", "end_iter"), int),
+    "width": NUMBER,
+    "circumstances": dict,
+}
+ARGS_OPTIONAL = {
+    **dict.fromkeys(("train_samples", "test_samples", "search_timestep", "rewinding_epoch"), int),
+    **dict.fromkeys(("eb_tolerance", "early_time_threshold"), NUMBER),
+    "ticket_origin": dict,
+}
+EPOCH_REQUIRED = {
+    "phase": str,
+    "level": (int, NONE),
+    "epoch": int,
+    "timesteps": int,
+    "seconds": NUMBER,
+    "test_accuracy": (*NUMBER, NONE),
+}
+EPOCH_OPTIONAL = {"loss": NUMBER, "divergences": list, "early_time": int}
+COSTS = {
+    "spikes_per_image": "spikes per image",
+    "synops_per_image": "synaptic operations per image",
+    "macs_per_image": "MACs per image",
+    "dense_macs_per_image": "MACs of the dense ANN per image",
+    "energy_uj_per_image": "energy per image (µJ)",
+    "ann_energy_uj_per_image": "energy of the dense ANN per image (µJ)",
+    "ticket_bytes": "ticket (bytes)",
+}
+SECONDS = ("search_seconds", "train_seconds")
+SEARCHED = ("search_timesteps", "search_seconds", "search_epochs", "search_timestep_epochs")
+ALWAYS = ("sparsity", "sparsity_all_parameters", "test_accuracy", "best_test_accuracy", *SEARCHED[1:])
+NUMBERS = (*ALWAYS, "search_timesteps", "train_seconds", *COSTS)
+RESULT_REQUIRED = {
+    "ticket": str,
+    "level": (int, NONE),
+    "search_timesteps": (int, NONE),
+    **dict.fromkeys(ALWAYS, NUMBER),
+}
+RESULT_OPTIONAL = {
+    "settled": bool,
+    **dict.fromkeys(("layers", "firing_rates"), dict),
+    **dict.fromkeys(("train_seconds", *COSTS), NUMBER),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: its path below the folder of runs, and what its files hold; what is not written yet is empty."""
+
+    folder: str
+    args: dict
+    rows: list[dict]  # metrics.jsonl
+    results: list[dict]
+    finished: bool
+
+    @property
+    def timing(self) -> str:
+        """All that its times depend on: times of two runs may be compared if these are equal."""
+        return json.dumps([(self.args["circumstances"] | self.args).get(name) for name in TIMING], sort_keys=True)
+
+    def epochs(self, level: int | None) -> list[dict]:
+        """Epochs of a level's ticket: of its training at T, or of the search where there is no other."""
+        own = [row for row in self.rows if row["level"] == level]
+        return [row for row in own if row["phase"] == "train"] or own
+
+
+def read_runs(root: Path) -> tuple[list[Run], dict[str, str]]:
+    """All runs below a folder, and what is wrong with those that cannot be read, by folder."""
+    runs, left_out = [], {}
+    for path in sorted({path.parent for name in FILES for path in root.rglob(name)}):
+        folder = path.relative_to(root).as_posix()
+        try:
+            runs.append(read_run(path, folder))
+        except (InputError, OSError) as error:
+            left_out[folder] = f"{error}: the run is left out"
+    return runs, left_out
+
+
+def read_run(path: Path, folder: str) -> Run:
+    """Read a run folder.
+
+    Args:
+        path: where it is.
+        folder: what the report calls it.
+
+    Raises:
+        InputError: a file is not what a run writes; the message names the file.
+        OSError: a file cannot be opened; there may be no ``args.json``.
+    """
+    args, log, results = (path / name for name in FILES)
+    (found,) = _checked(args, [read_json(args)], ARGS_REQUIRED, ARGS_OPTIONAL)
+    if found.get("ticket_origin"):
+        _checked(args, [found["ticket_origin"]], {"label": str, "dataset": str, "network": dict})
+        _checked(args, [found["ticket_origin"]["network"]], {"arch": str, "neuron": str})
+    lines = log.read_bytes().splitlines() if log.exists() else []
+    rows = _checked(log, map(json.loads, lines), EPOCH_REQUIRED, EPOCH_OPTIONAL)
+    tickets = _checked(results, read_json(results) if results.exists() else [], RESULT_REQUIRED, RESULT_OPTIONAL)
+    return Run(folder, found, rows, tickets, (path / "summary.txt").exists())
+
+
+def _checked(path: Path, content, required: dict, optional: dict | None = None) -> list[dict]:
+    """The JSON objects of a file, whose fields have the types that are given.
+
+    Raises:
+        InputError: they are not; the message names the file.
+    """
+    try:
+        rows = list(content)
+        for row in rows:
+            _check(row, required, optional or {})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error})") from error
+    return rows
+
+
+def _check(row, required: dict, optional: dict) -> None:
+    if not isinstance(row, dict):
+        raise TypeError(f"{row!r} is no JSON object")
+    if missing := sorted(required.keys() - row.keys()):
+        raise ValueError(f"{', '.join(missing)} missing")
+    present = {name: kind for name, kind in optional.items() if row.get(name) is not None}
+    for name, kind in (required | present).items():
+        value = row[name]
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if infinite or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"{name} is {value!r}")
+        if name in ("divergences", "layers", "firing_rates"):
+            inner = value if isinstance(value, dict) else dict(enumerate(value))
+            _check(inner, dict.fromkeys(inner, NUMBER), {})

@@ -1,0 +1,150 @@
+"""What tells experiments apart: the flags that make a difference, and the labels that name them."""
+
+import json
+import re
+from collections import Counter
+
+from .runs import Run
+
+# label: colour, marker, line; in the order in which tables list them
+METHODS = {
+    "IMP": ("#0B4F8A", "o", "-"),
+    "IMP + ET": ("#E07B00", "s", "--"),
+    "EB": ("#000000", "^", "-."),
+    "EB + ET": ("#4FA8DC", "D", ":"),
+    "magnitude": ("#8E1B63", "v", "-"),
+    "SNIP": ("#5BA845", "P", "--"),
+    "ERK": ("#C0392B", "h", "-."),
+    "random": ("#7A6A58", "X", ":"),
+    "RigL": ("#1B7F79", "<", "-"),
+    "SET": ("#A67C00", ">", "--"),
+}
+BASES = {"earlyT_laterewindlth": "laterewindlth", "earlyT_earlybird": "earlybird"}  # Early-Time's methods without it
+CONTROLS = (" shuffle", " reinit")  # ends of a label
+SIZE = ("dataset", "arch", "width", "train_samples", "test_samples", "end_iter")  # runs of one size share a section
+NO_SETTING = {  # what makes no other experiment of a run
+    *SIZE,
+    *("round", "output_dir", "exp_name", "data_dir", "device", "tensorboard", "checkpoint_minutes"),  # place
+    *("effective_seed", "circumstances", "channels_last", "cuda_graph"),
+    *("sparsity", "sparsity_round", "prune_iterations", "evaluate_levels"),  # how sparse
+    *("method", "label", "script", "control", "ticket", "ticket_origin", "ticket_checksum"),  # part of the label
+}
+# section 4.1 of the paper; epochs are those of its four data sets
+PAPER_EPOCHS = {"svhn": 150, "fmnist": 150, "cifar10": 300, "cifar100": 300}
+PAPER_SETTING = {
+    "width": 1.0,
+    "train_samples": None,
+    "test_samples": None,
+    "neuron": "lif",
+    "tau": 4 / 3,
+    "v_threshold": 1.0,
+    "surrogate_alpha": 2.0,
+    "timestep": 5,
+    "batch_norm": "per_timestep",
+    "optimizer": "sgd",
+    "scheduler": "cosine",
+    "batch_size": 128,
+    "learning_rate": 0.3,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "prune_percent": 25.0,
+    "pruning_scope": "global",
+    "rewinding_epoch": 20,
+    "rewind": "weights",
+    "eb_window": 5,
+    "eb_tolerance": 0.02,
+    "eb_distance": "hamming",
+    "early_time_epoch": 2,
+    "early_time_threshold": 0.6,
+    "divergence": "kl",
+}
+SPOKEN = {
+    "rewinding_epoch": "rewind epoch",
+    "search_timestep": "T_pre",
+    "early_time_threshold": "λ",
+    "timestep": "T",
+    "prune_percent": "pruned by %",
+    "eb_window": "window",
+    "eb_tolerance": "tolerance",
+    "data_checksum": "images",
+    "end_iter": "epochs",
+    "train_samples": "training images",
+    "test_samples": "test images",
+}
+VALUE_ALONE = ("pruning_scope", "eb_distance", "optimizer", "scheduler", "precision")
+
+
+def settings_of(runs: list[Run]) -> list[dict]:
+    """The flags that make a difference to each run's results, apart from method, size, sparsity and saved ticket."""
+    known: dict[str, set[str]] = {}  # by method: a flag that only some of its runs know is None in the others
+    for run in runs:
+        known.setdefault(run.args["method"], set()).update(run.args.keys() - NO_SETTING)
+    tickets: dict[str, dict] = {}  # two tickets of one round are not two rounds of one experiment
+    found = []
+    for args in (run.args for run in runs):
+        ignored = {"timestep"} if args["neuron"] == "relu" else set()  # time does not change an ANN
+        ignored |= set() if "rewinding_epoch" in args else {"prune_percent"}  # it only says how sparse the ticket is
+        settings = {flag: args.get(flag) for flag in sorted(known[args["method"]] - ignored)}
+        if settings.get("search_timestep") == args["timestep"]:
+            settings["search_timestep"] = None
+        if origin := args.get("ticket_origin"):
+            place = key_of([settings, names_of(args), args["method"], args["round"], origin.get("sparsity")])
+            of_round = tickets.setdefault(place, {})
+            settings["other ticket"] = of_round.setdefault(args.get("ticket_checksum"), len(of_round)) or None
+        found.append(settings)
+    return found
+
+
+def usual_settings(settings: list[dict]) -> dict:
+    """For each flag the value that goes without saying: the paper's if a run has it, or the most common."""
+    usual = {"search_timestep": None, "other ticket": None}
+    for flag in {flag for of_run in settings for flag in of_run} - {"neuron", *usual}:  # the name says ANN
+        values = Counter(key_of(of_run[flag]) for of_run in settings if flag in of_run)
+        paper = key_of(PAPER_SETTING.get(flag))
+        usual[flag] = json.loads(paper if paper in values else max(sorted(values), key=values.get))
+    return usual
+
+
+def spoken(flag: str, value) -> str:
+    """A flag and its value as a label names them."""
+    name = SPOKEN.get(flag, flag.replace("_", " "))
+    if value is None or isinstance(value, bool):
+        return name if value else f"no {name}"
+    return str(value) if flag in VALUE_ALONE else f"{name} {value}"
+
+
+def names_of(args: dict) -> tuple[str, str]:
+    """What a run's ticket is called before any flag, and what the ticket is called that it starts from."""
+    ann = ", ANN" if args["neuron"] == "relu" else ""
+    origin, label = args.get("ticket_origin"), args["label"]
+    if not origin:
+        return label + ann, re.sub(f"({'|'.join(CONTROLS)})$", "", label) + ann
+    network = origin["network"]
+    same_place = (origin["dataset"], network["arch"]) == (args["dataset"], args["arch"])
+    name = origin["label"] + (" (ANN)" if network["neuron"] == "relu" else "")
+    name += "" if same_place else f" of {origin['dataset']}-{network['arch']}"
+    return f"{name} {label.removeprefix('transfer ')}{ann}", name.replace(" (ANN)", ", ANN")
+
+
+def key_of(value) -> str:
+    """A value from a JSON file as text that may be a key of a dict."""
+    return json.dumps(value, sort_keys=True)
+
+
+def unlike_paper(label: str, settings: dict) -> dict[str, str]:
+    """Flags that are not the paper's and that a label does not name, in words with both values.
+
+    Args:
+        label: an experiment's.
+        settings: its settings and its size.
+    """
+    paper = PAPER_SETTING | {"end_iter": PAPER_EPOCHS.get(settings["dataset"], settings["end_iter"])}
+    ours = {flag: settings.get(flag, value) for flag, value in paper.items()}
+    ours = {flag: value for flag, value in ours.items() if value not in (paper[flag], "relu")}  # the name says ANN
+    named = label.split(", ")
+    texts = {flag: spoken(flag, value) for flag, value in ours.items()}
+    return {
+        flag: f"{text} (paper: {'all' if paper[flag] is None else paper[flag]})"
+        for flag, text in texts.items()
+        if text not in named
+    }

@@ -1,0 +1,93 @@
+"""Numbers as text, and tables of such text."""
+
+from dataclasses import dataclass
+
+from matplotlib.ticker import EngFormatter
+
+from .experiments import Cell, Spread
+
+SILENT = "†"  # marks an accuracy of a network with a layer that does not spike
+MACHINES = "‡"  # stands for a time whose rounds ran on different machines
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text: rows by title of the column, "group: title" where columns have a title over them.
+
+    A cell is a text or its lines: the number, and what stands small below it.
+    """
+
+    title: str
+    rows: list[dict[str, str | list[str]]]
+    notes: list[str]
+
+
+def number(value: float, digits: int = 2, sign: str = "") -> str:
+    return f"{value:{sign}.{digits}f}".replace("-", "−")  # noqa: RUF001
+
+
+def measured(value: Spread, digits: int = 2, sign: str = "", unit: float = 1) -> str:
+    """A mean, in units of ``unit``, and the deviation where there is one."""
+    deviation = f" ± {number(value.std / unit, digits)}" if value.n > 1 else ""
+    return number(value.mean / unit, digits, sign) + deviation
+
+
+def whole(value: Spread | None) -> str:
+    """A mean of whole numbers, with a deviation only where they differ; nothing if there is no number."""
+    if value is None or value.std > 0:
+        return measured(value, 1) if value else ""
+    return number(value.mean, 0 if value.mean == int(value.mean) else 1)
+
+
+def significant(value: Spread) -> str:
+    """A mean of any size with its n, and with a deviation where the values differ."""
+    mean, std = (EngFormatter(places=1)(x) if x >= 1000 else f"{x:.4g}" for x in value[:2])
+    return with_n(mean + (f" ± {std}" if value.std > 0 else ""), value)
+
+
+def duration(value: Spread | None) -> str:
+    """Seconds, mean and deviation, in the unit that they are read best in; a mark if there is no common time."""
+    if value is None:
+        return MACHINES
+    unit, name, digits = (3600, "h", 2) if value.mean >= 3600 else (60, "min", 1) if value.mean >= 120 else (1, "s", 1)
+    return f"{measured(value, digits, unit=unit)} {name}"
+
+
+def with_n(text: str, value: Spread) -> str:
+    """A number never stands without how many it is the mean of."""
+    return f"{text} (n={value.n})"
+
+
+def percent(column: float) -> str:
+    return f"{column:.2f} %"
+
+
+def accuracy_of(cell: Cell) -> str:
+    """Accuracy of a ticket with its n, marked where a layer of the network is silent."""
+    accuracy = cell.spread("test_accuracy")
+    return with_n(measured(accuracy) + (SILENT if cell.silent else ""), accuracy)
+
+
+def search_of(cell: Cell) -> list[str]:
+    """What the search for a ticket took, in two lines."""
+    cost = cell.spread("search_timestep_epochs")
+    if cost is None:
+        return ["see its source"]  # it stands with the run that found the saved ticket
+    if not cost.mean:
+        return [with_n("no training", cost)]
+    return [with_n(duration(cell.spread("search_seconds")), cost), f"{whole(cost)} epochs x T"]
+
+
+def marks(cells: list[Cell]) -> list[str]:
+    """What the marks say, where one of the cells has them."""
+    layers = ", ".join(dict.fromkeys(name for cell in cells for name in cell.silent))
+    silent = (
+        f"{SILENT} In at least one round a layer is silent, it does not spike once on the test images (here: "
+        f"{layers}): what follows it may see nothing of the image, and the accuracy is then chance."
+    )
+    machines = (
+        f"{MACHINES} No time: the rounds differ in the machine, its threads or ranks, in package versions or in "
+        "how the network was computed, and times of different machines have no mean."
+    )
+    comparable = [cell.rows["one_machine"].all() for cell in cells]
+    return ([silent] if layers else []) + ([] if all(comparable) else [machines])
