@@ -213,7 +213,7 @@ def test_killed_by_the_system(tmp_path, method):
     flags, draw = command(tmp_path / "killed", method, *more), random.Random(f"{method} 2207")
     for _ in range(2):
         process = start(method, flags)
-        for _ in range(draw.randint(1, 8)):  # epochs, of 24 or more: the run cannot end before it is killed
+        for _ in range(draw.randint(1, 8)):  # epochs, of more than 20: the run cannot end before it is killed
             process.stdout.readline()
         time.sleep(draw.uniform(0, 0.1))
         process.kill()

@@ -1,16 +1,20 @@
 """Files that are either whole or not there: written beside their place and renamed into it. Nothing is unpickled."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import safetensors
-import safetensors.torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # slow to import, and the report does without
 
 TEMPORARY = ".tmp"  # ending of a file that is being written
 
@@ -91,6 +95,8 @@ def check_fields(path: Path, value, fields: tuple[str, ...]) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
     """Write tensors and JSON metadata as safetensors, whole or not at all."""
+    import safetensors.torch
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"metadata": json.dumps({"order": list(tensors), **metadata})}
     write_bytes(path, safetensors.torch.save(tensors, header))
@@ -103,11 +109,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         DamagedError: the file is damaged or of another kind; the message names it.
         OSError: it cannot be opened.
     """
+    import safetensors.torch
+
     metadata = read_metadata(path)
     try:
         tensors = safetensors.torch.load(path.read_bytes())  # in any order
         return {name: tensors[name] for name in metadata.pop("order")}, metadata
-    except (safetensors.SafetensorError, LookupError, ValueError) as error:
+    except (SafetensorError, LookupError, ValueError) as error:
         raise DamagedError(f"{path} is damaged ({error})") from error
 
 
