@@ -119,9 +119,12 @@ class Parser(argparse.ArgumentParser):
         flags, unknown = self.parse_known_args(argv)
         if unknown:
             word = unknown[0].split("=")[0]
-            known = [name for action in self._actions for name in action.option_strings]
-            similar = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), known, 1, 0.5)
-            self.error(f"unrecognized argument {word}" + "".join(f", did you mean {name}?" for name in similar))
+            wanted = word.lstrip("-").replace("-", "_")
+            initials = [
+                action.dest for action in self._actions if wanted == "".join(w[0] for w in action.dest.split("_"))
+            ]
+            similar = initials or difflib.get_close_matches(wanted, [action.dest for action in self._actions], 1)
+            self.error(f"unrecognized argument {word}" + "".join(f", did you mean --{name}?" for name in similar[:1]))
         for field, compute in self._computed.items():
             if getattr(flags, field) is None:
                 setattr(flags, field, compute(flags))
