@@ -14,7 +14,7 @@ def remarks(section: Section) -> list[str]:
         if len(run.results) > (e.tickets["folder"] == run.folder).sum()
     ]
     sources = {
-        e.label: _together((run.args["circumstances"].get("source"), run.folder) for run in e.runs)
+        e.label: _together((now.get("source"), run.folder) for run in e.runs for now in run.circumstances)
         for e in section.experiments
     }
     changed = [
@@ -32,7 +32,10 @@ def remarks(section: Section) -> list[str]:
     )
     layers = [f"Silent on all test images: {'; '.join(at)} ({names})." for names, at in silent.items() if names]
     machines = _together(
-        (str(run.args["circumstances"].get("device_name")), e.label) for e in section.experiments for run in e.runs
+        (str(now.get("device_name")), e.label)
+        for e in section.experiments
+        for run in e.runs
+        for now in run.circumstances
     )
     lines = [*repeated, *changed, *_unlike_paper(section), *layers, *_settles_at_once(section)]
     return lines + [f"On {name}: {'; '.join(labels)}." for name, labels in machines.items()]

@@ -70,7 +70,14 @@ class Run:
     @property
     def timing(self) -> str:
         """All that its times depend on: times of two runs may be compared if these are equal."""
-        return json.dumps([(self.args["circumstances"] | self.args).get(name) for name in TIMING], sort_keys=True)
+        return json.dumps(
+            [[(now | self.args).get(name) for name in TIMING] for now in self.circumstances], sort_keys=True
+        )
+
+    @property
+    def circumstances(self) -> list[dict]:
+        """Those that the run was begun in, and others that it was resumed in."""
+        return [self.args["circumstances"], *self.args.get("resumed_with", [])]
 
     def epochs(self, level: int | None) -> list[dict]:
         """Epochs of a level's ticket: of its training at T, or of the search where there is no other."""
