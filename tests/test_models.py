@@ -193,6 +193,7 @@ def test_compiled_block_is_the_block(statistics):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_graphs_are_shared_and_a_change_of_timesteps_back_and_forth_ends(monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     blocks = nn.ModuleList(NormAndFire(3, LIF) for _ in range(12))

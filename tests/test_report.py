@@ -20,6 +20,7 @@ from reporting.runs import read_runs
 from reporting.settings import METHODS
 from reporting.tables import every_ticket, overview, paper_table, shown_columns, table_1, tables_csv
 
+pytestmark = pytest.mark.xdist_group("report")  # its figures are drawn once
 PAPER = Path(__file__).resolve().parent.parent / "benchmarks" / "paper"
 FLAGS = {
     "dataset": "cifar10",
