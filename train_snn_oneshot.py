@@ -16,7 +16,7 @@ from utils.data import balanced_part
 from utils.experiment import script, start
 from utils.files import InputError
 from utils.flags import count, get_args, positive_int
-from utils.goal import Goal, goal_of, scope_flags, sparsity_flags
+from utils.goal import goal_for, goal_of, scope_flags, sparsity_flags
 from utils.masks import dense_mask, drop_lowest, rewind, shuffle_layers, sparsity
 from utils.scores import magnitude_mask, random_scores, snip_scores
 from utils.tickets import load_dense_weights, load_fitting_ticket, load_ticket
@@ -24,6 +24,7 @@ from utils.training import Trainer, generator, make_optimizer
 
 LABELS = {"random": "random", "snip": "SNIP", "magnitude": "magnitude"}  # of the kinds of ticket
 CONTROLS = ("none", "reinit", "shuffle")
+SPARSITY = {"--sparsity", "--sparsity_round", "--prune_percent", "--pruning_scope"}
 
 
 def oneshot_flags(parser):
@@ -42,8 +43,10 @@ def oneshot_flags(parser):
         control = "" if flags.control == "none" else flags.control
         flags.method = "-".join(filter(None, [flags.method, kind, control]))
         flags.label = " ".join(filter(None, [LABELS.get(kind, kind), control]))
+        if kind == "random" and "--pruning_scope" in parser.given:
+            parser.error("argument --pruning_scope: not with --ticket random, which has --random_scope")
         if kind == "transfer":
-            for name in sorted(parser.given & {"--sparsity", "--sparsity_round", "--prune_percent", "--pruning_scope"}):
+            for name in sorted(parser.given & SPARSITY):
                 parser.error(f"argument {name}: not with a saved ticket")
             if not Path(flags.ticket).is_file():
                 parser.error(
@@ -57,7 +60,7 @@ def oneshot_flags(parser):
 @script
 def main(argv=None):
     args = get_args(__file__, "one-shot", __doc__, argv, sparsity_flags, scope_flags, oneshot_flags)
-    goal, first, lr_epoch, origin = goal_of(args), 0, None, {}
+    goal, first, lr_epoch = goal_of(args), 0, None
     if args.ticket not in LABELS:
         mask, _, args.ticket_origin = load_ticket(args.ticket)
         first = args.ticket_origin["epoch"] if args.control != "reinit" else 0
@@ -65,8 +68,13 @@ def main(argv=None):
             raise InputError(
                 f"argument --end_iter: must be more than {first}, the epoch that {args.ticket} starts with"
             )
-        goal = Goal(args.ticket_origin["ticket"], args.ticket_origin["level"], sparsity(mask))
-    run, data, model = start(args, goal.sparsity)
+        goal = goal_for(args.ticket_origin["level"], sparsity(mask))
+
+    def read_saved(model):
+        mask, weights, origin = load_fitting_ticket(args.ticket, model)
+        return mask, load_dense_weights(args.ticket, model) if args.control == "shuffle" else weights, origin
+
+    run, data, model = start(args, goal.sparsity, check=None if args.ticket in LABELS else read_saved)
     trainer = Trainer(model, data, args)
 
     # the ticket: a mask, and weights that have been trained up to some epoch
@@ -85,13 +93,12 @@ def main(argv=None):
             search[0].commit(epoch, trainer.epoch(optimizer, None, epoch, args.search_timestep))
         mask = magnitude_mask(model, goal.sparsity, args.pruning_scope)
     else:
-        mask, weights, origin = load_fitting_ticket(args.ticket, model)
+        mask, weights, origin = read_saved(model)
         if origin.get("rewind") == "none":  # it is fine-tuned
             lr_epoch = args.end_iter - 1
 
     if args.control == "shuffle":
         mask = shuffle_layers(mask, generator(args, "control"))
-        weights = load_dense_weights(args.ticket, model) if origin else weights
     elif args.control == "reinit":
         torch.manual_seed(generator(args, "control").initial_seed())
         weights, lr_epoch = build_model(**run.network).state_dict(), None

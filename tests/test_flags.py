@@ -23,7 +23,7 @@ def parsed(monkeypatch):
     """The flags that a script begins a run with, from its command line."""
 
     def parse(method, line=""):
-        def start(args, sparsity=None):
+        def start(args, sparsity=None, check=None):
             raise Started(args)
 
         monkeypatch.setattr(importlib.import_module(f"train_snn_{method}"), "start", start)

@@ -11,7 +11,7 @@ from models import build_model
 from utils import training
 from utils.masks import distance, layer_sparsity, sparsity, sparsity_after
 from utils.scores import magnitude_mask
-from utils.tickets import load_ticket
+from utils.tickets import load_ticket, write_ticket
 
 SMALL = "--train_samples 16 --test_samples 10".split()
 TARGET = sparsity_after(2, 0.25)
@@ -220,3 +220,28 @@ def test_another_ticket_in_the_place_of_the_first_is_refused(finished, run, tmp_
     assert end.value.code == 2
     assert "ticket" in capsys.readouterr().err
     assert Finished(folder).results
+
+
+def test_the_initial_weights_of_another_run_are_a_ticket_like_any_other(finished, run):
+    """A run has a file of that name of its own, with weights that it must not take for the ticket's."""
+    source = finished("oneshot")
+    ticket = str(source.folder / "tickets" / "initial.safetensors")
+    trained = run("oneshot", "--ticket", ticket, "--end_iter", "1", "--seed", "5")
+    (name,) = [row["ticket"] for row in trained.results]
+    assert all(torch.equal(w, source.ticket("initial")[1][n]) for n, w in trained.ticket(name)[1].items())
+    assert any(not torch.equal(w, source.ticket("initial")[1][n]) for n, w in trained.ticket("initial")[1].items())
+
+
+@pytest.mark.parametrize("origin", [{"dense": "../x.safetensors"}, {"epoch": "2"}, {"level": -1}, {"network": None}])
+def test_a_strangers_ticket_is_checked(finished, tmp_path, capsys, origin):
+    mask, weights, known = finished("earlybird").ticket("level_02")
+    path = tmp_path / "stranger.safetensors"
+    write_ticket(path, mask, weights, known | origin)
+    assert path.name in refused(capsys, tmp_path, *SMALL, "--ticket", str(path))
+
+
+def test_a_ticket_that_does_not_fit_leaves_no_folder_behind(finished, tmp_path, capsys):
+    path = finished("earlybird").folder / "networks" / "level_02.safetensors"
+    refused(capsys, tmp_path, *SMALL, "--ticket", str(finished("earlybird").folder / LEVEL), "--width", "0.1")
+    refused(capsys, tmp_path, *SMALL, "--ticket", str(path), "--control", "shuffle", "--end_iter", "5")
+    assert not list(tmp_path.rglob("args.json"))

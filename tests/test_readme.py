@@ -30,7 +30,7 @@ def test_every_script_is_shown():
 
 @pytest.mark.parametrize(("name", "flags"), sorted(set(COMMANDS)))
 def test_commands_parse(name, flags, monkeypatch, finished):
-    def parsed(*_):
+    def parsed(*_, **__):
         raise Parsed
 
     saved = finished("earlybird").folder / "tickets" / "level_02.safetensors"

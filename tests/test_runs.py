@@ -319,3 +319,43 @@ def test_args_of_a_run_are_json_that_others_can_read(finished):
     text = (finished("earlybird").folder / "args.json").read_text()
     assert json.loads(text) == finished("earlybird").args
     assert sys.executable not in text
+
+
+def test_a_missing_checkpoint_or_network_is_named_and_nothing_is_lost(run, tmp_path, capsys, monkeypatch):
+    """Results without what the run resumes from: it must not begin anew over them."""
+    from utils import runs
+
+    def stop(self, *args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "finish", stop)
+        with pytest.raises(SystemExit):
+            run("earlybird")
+    (folder,) = (path.parent for path in tmp_path.rglob("args.json"))
+    before = (folder / "metrics.jsonl").read_text()
+    for name in ("networks/level_02.safetensors", "checkpoints/newest.safetensors"):
+        (folder / name).rename(tmp_path / "away")
+        with pytest.raises(SystemExit) as end:
+            run("earlybird")
+        assert end.value.code == 2
+        assert name in capsys.readouterr().err
+        assert (folder / "metrics.jsonl").read_text() == before
+        (tmp_path / "away").rename(folder / name)
+    assert run("earlybird").results
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_left_alone(run, monkeypatch):
+    from utils import experiment
+
+    load, done = experiment.load_data, []
+
+    def finished_meanwhile(args):
+        if not done:
+            done.append(None)
+            done.append(run("earlybird"))
+        return load(args)
+
+    monkeypatch.setattr(experiment, "load_data", finished_meanwhile)
+    assert run("earlybird").rows == done[1].rows  # with the seconds of that one
+    assert (done[1].folder / "metrics.jsonl").read_text().count("\n") == len(done[1].rows) == 6

@@ -84,7 +84,7 @@ def test_a_vgg16_of_98_13_percent_takes_less_than_4_mb(tmp_path):
 
 def test_the_weights_that_a_ticket_was_cut_from_lie_beside_it(path, model, tmp_path):
     assert_same(load_dense_weights(path, model), dict(model.state_dict()))
-    with pytest.raises(InputError, match=r"initial\.safetensors.*--rewind"):
+    with pytest.raises(InputError, match=r"initial\.safetensors"):
         load_dense_weights(tmp_path / "initial.safetensors", model)
     with pytest.raises(InputError, match=r"initial\.safetensors.*stem\.weight"):
         load_dense_weights(path, build_model(**{**NETWORK, "channels": 3}))

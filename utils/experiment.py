@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,7 @@ from models.layers import compile_blocks
 from . import distributed
 from .activity import check_countable
 from .data import Data, load_data
-from .files import InputError, InUseError
+from .files import Finished, InputError, InUseError
 from .runs import Run
 from .stages import Stopped
 from .training import DivergedError, effective_seed, place
@@ -31,16 +32,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
-class Finished(Exception):
-    """The run was finished before; there is nothing left to do."""
-
-
-def start(args, sparsity: float | None = None) -> tuple[Run, Data, nn.Module]:
+def start(
+    args, sparsity: float | None = None, check: Callable[[nn.Module], object] | None = None
+) -> tuple[Run, Data, nn.Module]:
     """Begin a run, or resume it: its folder, its data, and its network with the weights that the run starts from.
 
     Args:
         args: the checked flags.
         sparsity: that of the one ticket that the run is to find, 0 to 1; None if it finds several.
+        check: looks at the network and raises ``InputError`` where what the user gave does not fit it; nothing has been
+            written then.
 
     Raises:
         Finished: nothing is left to do; what the run found is printed again.
@@ -63,6 +64,8 @@ def start(args, sparsity: float | None = None) -> tuple[Run, Data, nn.Module]:
     torch.manual_seed(args.effective_seed)
     model = place(build_model(**network), args)
     check_countable(model)
+    if check is not None:
+        check(model)
     if args.compile:
         compile_blocks(model)
     run.begin(model, network, data.checksum(), _circumstances(args))

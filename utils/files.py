@@ -27,6 +27,10 @@ class DamagedError(InputError):
     """A file does not hold what such a file holds."""
 
 
+class Finished(Exception):
+    """The run was finished before; there is nothing left to do."""
+
+
 class InUseError(Exception):
     """Another process is at the run. Exit code 75 (EX_TEMPFAIL): the same command can be tried again later."""
 
@@ -88,7 +92,9 @@ def check_fields(path: Path, value, fields: tuple[str, ...]) -> None:
     Raises:
         DamagedError: it is not; the message names the file and the field.
     """
-    missing = [field for field in fields if not isinstance(value, dict) or field not in value]
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} is damaged ({value!r:.40} is no JSON object)")
+    missing = [field for field in fields if field not in value]
     if missing:
         raise DamagedError(f"{path} is damaged ({missing[0]} is missing)")
 

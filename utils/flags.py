@@ -26,7 +26,8 @@ def between(low=-math.inf, high=math.inf, kind=float, open_low=False, open_high=
     def convert(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
+            float(value)
+        except (ValueError, OverflowError):
             value = math.nan
         inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
         if not inside or not math.isfinite(value):
@@ -61,14 +62,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def section(self, title: str) -> Callable[..., None]:
-        """A titled group in ``--help``; returns the function that adds a flag to it.
+    def section(self, title: str, text: str | None = None) -> Callable[..., None]:
+        """A titled group in ``--help``, with a text; returns the function that adds a flag to it.
 
         The function takes the flag's name, what its value is (a function of the text; a tuple or dict of choices; or
         ``bool`` for a switch), its default (or a function of the parsed flags), the name of the value, and the help.
         ``below`` names another flag that the value must be less than; ``shown`` is the default as ``--help`` shows it.
         """
-        group = self.add_argument_group(title)
+        group = self.add_argument_group(title, text)
 
         def flag(name, kind, default, metavar, text, *more_names, below=None, shown=None, nargs=None):
             field = name.removeprefix("--")

@@ -3,22 +3,33 @@
 import math
 from dataclasses import dataclass
 
-from .flags import Parser, count, percent, whole
+from .flags import Parser, between, count, percent, whole
 from .masks import REWINDS, SCOPES, sparsity_after
 
 DEFAULT_ROUND = 4
+OF_ALL = 14_715_584 / 14_728_266  # prunable weights of VGG16's parameters
+TABLE = "R prunings of 25 % come to (% of the prunable weights / of all parameters of VGG16):\n" + "\n".join(
+    "  ".join(f"{r:2d}: {100 * s:5.2f} / {100 * s * OF_ALL:5.2f}" for r in row for s in [sparsity_after(r, 0.25)])
+    for row in (range(1, 6), range(6, 11), range(11, 15))
+)
 
 
 def sparsity_flags(parser: Parser, default_round: int | None = DEFAULT_ROUND) -> None:
     """How sparse a ticket is to be; ``default_round`` None means K - 1."""
-    flag = parser.section("sparsity")
+    flag = parser.section("sparsity", TABLE)
     shown = "K - 1" if default_round is None else f"{default_round}, or K - 1 if that is less"
 
     def round_of(flags) -> int | None:
         most = flags.prune_iterations - 1
         return None if flags.sparsity is not None else min(most, most if default_round is None else default_round)
 
-    flag("--prune_percent", percent, 25.0, "PERCENT", "share of the surviving weights that one pruning takes")
+    flag(
+        "--prune_percent",
+        between(0.1, 100, open_high=True),
+        25.0,
+        "PERCENT",
+        "share of the surviving weights that one pruning takes",
+    )
     flag("--prune_iterations", count, 15, "K", "trainings of a whole IMP search; K - 1 prunings lie between them")
     flag("--sparsity_round", whole, round_of, "R", "prune to the sparsity that R prunings reach", shown=shown)
     flag("--sparsity", percent, None, "PERCENT", "prune to this share of the prunable weights, instead", shown="off")
@@ -85,12 +96,17 @@ class Goal:
 def goal_of(args) -> Goal:
     """What ``--sparsity`` or ``--sparsity_round`` ask for."""
     if args.sparsity is not None:
-        return Goal(f"sparsity_{args.sparsity:g}", None, args.sparsity / 100)
+        return goal_for(None, args.sparsity / 100)
     return Goal(
         level_name(args.sparsity_round),
         args.sparsity_round,
         sparsity_after(args.sparsity_round, args.prune_percent / 100),
     )
+
+
+def goal_for(level: int | None, sparsity: float) -> Goal:
+    """A ticket that stands for so many prunings, or else for its sparsity, 0 to 1."""
+    return Goal(f"sparsity_{round(100 * sparsity, 2):g}" if level is None else level_name(level), level, sparsity)
 
 
 def prunings_of(args) -> list[float]:

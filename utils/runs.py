@@ -16,6 +16,7 @@ from .activity import measure
 from .data import Split
 from .files import (
     TEMPORARY,
+    Finished,
     InputError,
     append_line,
     check_fields,
@@ -28,11 +29,11 @@ from .files import (
 )
 from .masks import Mask, dense_mask, emptied_layers, layer_sparsity, sparsity
 from .stages import Stage, read_rows
-from .summary import describe
+from .summary import describe, read_results
 from .tickets import load_ticket, write_ticket
 
 # where things are, how a step is laid out and launched, and what is only shown
-MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket", "device", "channels_last", "cuda_graph", "tensorboard")
+MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket", "device", "channels_last", "tensorboard")
 FOLLOW = ("label", "effective_seed")  # from other flags
 WRITTEN = ("tickets", "networks", "checkpoints")  # folders that are made after args.json
 NOT_RECORDED = ("restart", "checkpoint_minutes")
@@ -79,6 +80,7 @@ class Run:
             circumstances: what numbers and times depend on beside flags and images, for ``args.json``.
 
         Raises:
+            Finished: another process has finished this run.
             InUseError: another process is at this run.
             InputError: the run was begun with other images.
         """
@@ -88,6 +90,10 @@ class Run:
             self.lock = hold(self.folder.with_name(f".{self.folder.name}.lock"), f"{self.folder} is in use")
             if self.args.restart:
                 delete_folder(self.folder)
+        if distributed.largest(float(distributed.rank() == 0 and self._path("summary.txt").exists())):
+            self.show()  # another process has finished it meanwhile
+            raise Finished
+        if distributed.rank() == 0:
             before = self._read()
             if before is not None and before.get("data_checksum") != data_checksum:
                 raise InputError(f"{self.folder} was begun with other images than there are now: {REMEDY}")
@@ -186,7 +192,10 @@ class Run:
             train: the stage that trained it; accuracy is that of its last epoch.
             more: further fields of the row.
         """
+        path = self._path("networks") / f"{name}.safetensors"
         if any(row["ticket"] == name for row in self.results):
+            if not path.exists():
+                raise InputError(f"{path} is missing: put it back, or {REMEDY}")
             return
         if not self.live:
             raise InputError(f"{self._path('results.json')} has lost {name}: put it back, or {REMEDY}")
@@ -215,7 +224,7 @@ class Run:
         if silent:
             print(f"warning: {name}: no neuron of {', '.join(silent)} fires on any test image", file=sys.stderr)
         if distributed.rank() == 0:
-            path, origin = self._path("networks") / f"{name}.safetensors", self._origin(name, mask)
+            origin = self._origin(name, mask)
             write_ticket(path, mask, model.state_dict(), origin | {"level": level, "epoch": self.args.end_iter})
             write_json(self._path("results.json"), [*self.results, row])
         self.results.append(row)
@@ -232,7 +241,7 @@ class Run:
 
     def show(self) -> None:
         """Print again what the finished run found."""
-        summary = self._path("summary.txt").read_text(encoding="utf-8")
+        summary = self._path("summary.txt").read_text(encoding="utf-8", errors="replace")
         print(f"this run is finished; --restart deletes it and starts over\n\n{summary}", end="")
 
     # --- files ---------------------------------------------------------------------------------------------------
@@ -269,6 +278,7 @@ class Run:
             return None
         before = read_json(path)
         check_fields(path, before, ("method", "data_checksum", "circumstances"))
+        check_fields(path, before["circumstances"], ())
         now = json.loads(json.dumps(self._flags()))  # so that what is compared has the same types
         differ = [
             name for name in now if name not in MAY_DIFFER + FOLLOW and before.get(name, "not there") != now[name]
@@ -282,10 +292,9 @@ class Run:
             self.rows = read_rows(self._path("metrics.jsonl"), self.resumed["rows"])
         results = self._path("results.json")
         if results.exists():
-            rows = read_json(results)
-            for row in rows if isinstance(rows, list) else [rows]:
-                check_fields(results, row, ("ticket", "test_accuracy"))
-            self.results = rows
+            self.results = read_results(results)
+            if not (self.resumed or self._path("summary.txt").exists()):
+                raise InputError(f"{self.checkpoint_path} is missing: put it back, or {REMEDY}")
         self.live = not self.resumed
         return before
 

@@ -118,8 +118,8 @@ def read_rows(path: Path, count: int | None = None) -> list[dict]:
     Raises:
         DamagedError: a line does not parse, a field is missing, or there are fewer; the message names the file.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines[:count]]
         missing = {field for row in rows for field in EPOCH_FIELDS if field not in row}
         if missing or (count is not None and len(rows) < count):

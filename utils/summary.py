@@ -1,4 +1,25 @@
-"""What a run found, as text."""
+"""What a run found: reading it, and describing it."""
+
+from pathlib import Path
+
+from .files import check_fields, read_json
+
+FIELDS = (  # of a row of results.json
+    *("ticket", "sparsity", "sparsity_all_parameters", "timesteps", "search_timesteps", "test_accuracy"),
+    *("best_test_accuracy", "search_epochs", "search_timestep_epochs", "search_seconds"),
+)
+
+
+def read_results(path: Path) -> list[dict]:
+    """Read ``results.json``.
+
+    Raises:
+        DamagedError: it does not parse, or a row lacks a field; the message names the file.
+    """
+    rows = read_json(path)
+    for row in rows if isinstance(rows, list) else [rows]:
+        check_fields(path, row, FIELDS)
+    return rows
 
 
 def describe(results: list[dict]) -> list[str]:

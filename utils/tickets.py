@@ -52,10 +52,21 @@ def load_ticket(path: Path | str, device: str = "cpu") -> Ticket:
             dense = weights[name].new_zeros(kept.shape)
             dense[kept] = weights[name]
             weights[name] = dense
-        origin["network"], origin["level"], origin["epoch"]
+        _check_origin(origin)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise DamagedError(f"{path} is not a ticket ({error}): {WANTED}") from error
     return mask, weights, origin
+
+
+def _check_origin(origin: dict) -> None:
+    """What scripts rely on; a ticket may be a stranger's."""
+    level, epoch, dense = origin["level"], origin["epoch"], origin.get("dense")
+    if not (level is None or (isinstance(level, int) and level >= 0)):
+        raise ValueError(f"level {level!r}")
+    if not (isinstance(epoch, int) and epoch >= 0 and isinstance(origin["network"], dict)):
+        raise ValueError(f"epoch {epoch!r}")
+    if not (dense is None or Path(dense).name == dense):
+        raise ValueError(f"dense {dense!r}")
 
 
 def load_fitting_ticket(path: Path | str, model: nn.Module) -> Ticket:
@@ -85,7 +96,7 @@ def load_dense_weights(path: Path | str, model: nn.Module) -> dict[str, Tensor]:
     """
     _, _, origin = load_ticket(path)
     if origin.get("dense") is None:
-        raise InputError(f"{path} was not cut from weights that its run has kept (--rewind {origin.get('rewind')})")
+        raise InputError(f"{path} was not cut from weights that its run has kept: its pruned weights are not known")
     return load_fitting_ticket(Path(path).with_name(origin["dense"]), model)[1]
 
 
