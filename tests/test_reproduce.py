@@ -24,7 +24,7 @@ class Accepted(Exception):
 def accepted(monkeypatch):
     """Checks a command with its script's own parser; returns the folder that the run would have."""
 
-    def stop(args, sparsity=None):
+    def stop(args, sparsity=None, check=None):
         raise Accepted(args, sparsity)
 
     def check(command):

@@ -32,9 +32,8 @@ from .stages import Stage, read_rows
 from .summary import describe, read_results
 from .tickets import load_ticket, write_ticket
 
-# where things are, how a step is laid out and launched, and what is only shown
-MAY_DIFFER = ("output_dir", "exp_name", "data_dir", "ticket", "device", "channels_last", "tensorboard")
-FOLLOW = ("label", "effective_seed")  # from other flags
+# where things are, how activations lie in memory, what is only shown, and what follows from other flags
+MAY_DIFFER = set("output_dir exp_name data_dir ticket device channels_last tensorboard label effective_seed".split())
 WRITTEN = ("tickets", "networks", "checkpoints")  # folders that are made after args.json
 NOT_RECORDED = ("restart", "checkpoint_minutes")
 REMEDY = "use another --exp_name, or --restart to delete that run and start over"
@@ -67,7 +66,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return not self.args.restart and self._path("summary.txt").exists()
+        return (self.folder / "summary.txt").exists() and not self.args.restart
 
     def begin(self, model: nn.Module, network: dict, data_checksum: str, circumstances: dict) -> None:
         """Take the folder and make it ready to be written to; with ``--restart`` an earlier run is deleted. Call it
@@ -90,7 +89,7 @@ class Run:
             self.lock = hold(self.folder.with_name(f".{self.folder.name}.lock"), f"{self.folder} is in use")
             if self.args.restart:
                 delete_folder(self.folder)
-        if distributed.largest(float(distributed.rank() == 0 and self._path("summary.txt").exists())):
+        if distributed.largest(float(distributed.rank() == 0 and (self.folder / "summary.txt").exists())):
             self.show()  # another process has finished it meanwhile
             raise Finished
         if distributed.rank() == 0:
@@ -100,14 +99,14 @@ class Run:
             if before is None:
                 self.folder.mkdir(exist_ok=True)
                 now = {"data_checksum": data_checksum, "circumstances": circumstances}
-                write_json(self._path("args.json"), self._flags() | now)
+                write_json(self.folder / "args.json", self._flags() | now)
             else:
                 self._note_changes(before, circumstances)
             for name in WRITTEN:
-                self._path(name).mkdir(exist_ok=True)
+                (self.folder / name).mkdir(exist_ok=True)
             for leftover in self.folder.rglob(f"*{TEMPORARY}"):
                 leftover.unlink()
-            write_text(self._path("metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         distributed.barrier()
         self._read()
         _, weights = self.ticket(INITIAL, dense_mask(model), model.state_dict(), level=0, epoch=0)
@@ -166,7 +165,7 @@ class Run:
         return load_ticket(self.ticket_path(name), self.args.device)[:2]
 
     def ticket_path(self, name: str) -> Path:
-        return self._path("tickets") / f"{name}.safetensors"
+        return self.folder / "tickets" / f"{name}.safetensors"
 
     def save_result(
         self,
@@ -192,13 +191,13 @@ class Run:
             train: the stage that trained it; accuracy is that of its last epoch.
             more: further fields of the row.
         """
-        path = self._path("networks") / f"{name}.safetensors"
+        path = self.folder / "networks" / f"{name}.safetensors"
         if any(row["ticket"] == name for row in self.results):
             if not path.exists():
                 raise InputError(f"{path} is missing: put it back, or {REMEDY}")
             return
         if not self.live:
-            raise InputError(f"{self._path('results.json')} has lost {name}: put it back, or {REMEDY}")
+            raise InputError(f"{self.folder / 'results.json'} has lost {name}: put it back, or {REMEDY}")
         own, searched = train.rows, [row for stage in search for row in stage.rows]
         costs = measure(model, mask, test, self.args.timestep, self.args.precision)
         row = {
@@ -224,9 +223,9 @@ class Run:
         if silent:
             print(f"warning: {name}: no neuron of {', '.join(silent)} fires on any test image", file=sys.stderr)
         if distributed.rank() == 0:
-            origin = self._origin(name, mask)
-            write_ticket(path, mask, model.state_dict(), origin | {"level": level, "epoch": self.args.end_iter})
-            write_json(self._path("results.json"), [*self.results, row])
+            origin = self._origin(name, mask) | {"level": level, "epoch": self.args.end_iter}
+            write_ticket(path, mask, model.state_dict(), origin)
+            write_json(self.folder / "results.json", [*self.results, row])
         self.results.append(row)
 
     def finish(self) -> None:
@@ -235,13 +234,13 @@ class Run:
         tickets = [f"ticket: {self.ticket_path(row['ticket'])}" for row in self.results]
         summary = "\n".join([title, *describe(self.results), *tickets, f"run folder: {self.folder}"]) + "\n"
         if distributed.rank() == 0:
-            write_text(self._path("summary.txt"), summary)
+            write_text(self.folder / "summary.txt", summary)
             self.checkpoint_path.unlink(missing_ok=True)  # nothing is left to resume
         print(f"\n{summary}", end="")
 
     def show(self) -> None:
         """Print again what the finished run found."""
-        summary = self._path("summary.txt").read_text(encoding="utf-8", errors="replace")
+        summary = (self.folder / "summary.txt").read_text(encoding="utf-8", errors="replace")
         print(f"this run is finished; --restart deletes it and starts over\n\n{summary}", end="")
 
     # --- files ---------------------------------------------------------------------------------------------------
@@ -250,50 +249,43 @@ class Run:
         """Add an epoch's row to ``metrics.jsonl``."""
         self.rows.append(row)
         if distributed.rank() == 0:
-            append_line(self._path("metrics.jsonl"), json.dumps(row))
+            append_line(self.folder / "metrics.jsonl", json.dumps(row))
 
     @property
     def checkpoint_path(self) -> Path:
-        return self._path("checkpoints") / "newest.safetensors"
-
-    def _path(self, name: str) -> Path:
-        return self.folder / name
+        return self.folder / "checkpoints" / "newest.safetensors"
 
     def _flags(self) -> dict:
         return {name: value for name, value in vars(self.args).items() if name not in NOT_RECORDED}
 
     def _origin(self, name: str, mask: Mask) -> dict:
         """What a ticket's file says of this run."""
-        names = ("method", "label", "dataset", "seed", "round", "end_iter")
-        run = {field: getattr(self.args, field) for field in names}
+        run = {n: getattr(self.args, n) for n in ("method", "label", "dataset", "seed", "round", "end_iter")}
         return run | {"ticket": name, "sparsity": 100 * sparsity(mask), "network": self.network}
 
     def _read(self) -> dict | None:
         """Read what is in the folder: its flags, which have to be those of now, or None if there is no run."""
         self.rows, self.results, self.resumed = [], [], {}
-        path = self._path("args.json")
+        path = self.folder / "args.json"
         if not path.exists():
-            if any(self._path(name).exists() for name in WRITTEN):
+            if any((self.folder / name).exists() for name in WRITTEN):
                 raise InputError(f"{self.folder} holds files but no args.json: {REMEDY}")
             return None
         before = read_json(path)
-        check_fields(path, before, ("method", "data_checksum", "circumstances"))
+        check_fields(path, before, ("data_checksum", "circumstances"))
         check_fields(path, before["circumstances"], ())
         now = json.loads(json.dumps(self._flags()))  # so that what is compared has the same types
-        differ = [
-            name for name in now if name not in MAY_DIFFER + FOLLOW and before.get(name, "not there") != now[name]
-        ]
+        differ = [n for n in now if n not in MAY_DIFFER and before.get(n, "not there") != now[n]]
         if differ:
             changes = ", ".join(f"--{name} was {before.get(name)}, now {now[name]}" for name in differ)
             raise InputError(f"{self.folder} holds a run with other flags ({changes}): {REMEDY}")
         if self.checkpoint_path.exists():
             self.resumed = read_metadata(self.checkpoint_path).get("metadata", {})
             check_fields(self.checkpoint_path, self.resumed, ("stage", "epoch", "ended", "passed", "rows"))
-            self.rows = read_rows(self._path("metrics.jsonl"), self.resumed["rows"])
-        results = self._path("results.json")
-        if results.exists():
-            self.results = read_results(results)
-            if not (self.resumed or self._path("summary.txt").exists()):
+            self.rows = read_rows(self.folder / "metrics.jsonl", self.resumed["rows"])
+        if (self.folder / "results.json").exists():
+            self.results = read_results(self.folder / "results.json")
+            if not (self.resumed or (self.folder / "summary.txt").exists()):
                 raise InputError(f"{self.checkpoint_path} is missing: put it back, or {REMEDY}")
         self.live = not self.resumed
         return before
@@ -305,4 +297,4 @@ class Run:
             if before["circumstances"].get(name) != value:
                 print(f"note: {self.folder} was begun with {name} {before['circumstances'].get(name)}, now {value}")
         if now not in known:
-            write_json(self._path("args.json"), before | {"resumed_with": [*known[1:], now]})
+            write_json(self.folder / "args.json", before | {"resumed_with": [*known[1:], now]})
