@@ -177,6 +177,14 @@ def test_the_mask_is_live(trainer):
     assert zeros == [False, False, True, True, False]
 
 
+def test_an_epoch_trains_also_a_network_that_was_left_in_eval_mode(trainer):
+    mine = trainer()
+    mine.model.eval()
+    before = state_of(mine.model)["stem_fire.norm.running_mean"]
+    train(mine)
+    assert not torch.equal(mine.model.state_dict()["stem_fire.norm.running_mean"], before)
+
+
 def test_no_mask_is_the_dense_mask(trainer):
     dense, none = trainer(), trainer()
     rows = train(dense, dense_mask(dense.model)) + train(none)
