@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from networks import lively
@@ -78,6 +80,11 @@ def test_snip_is_the_sensitivity_to_a_factor_on_each_connection(model, samples, 
     lively(model, next(samples.batches(20))[0]).eval()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = snip_scores(model, samples, 3)
+    left_over = copy.deepcopy(model)
+    for parameter in left_over.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    again = snip_scores(left_over, samples, 3)
+    assert all(torch.equal(score, again[name]) for name, score in found.items()), "earlier gradients do not count"
     assert not model.training
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
