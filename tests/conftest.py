@@ -1,4 +1,5 @@
 import importlib
+import os
 import shlex
 import signal
 import sys
@@ -15,7 +16,7 @@ from utils.tickets import load_ticket
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-torch.set_num_threads(1)  # small tensors, and a worker for each core
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # small tensors, and a worker for each core
 
 # the smallest runs that go through everything; at this threshold every layer of the network fires
 TINY = (
