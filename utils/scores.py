@@ -51,3 +51,32 @@ def snip_scores(model: nn.Module, samples: Split, timesteps: int) -> dict[str, T
         loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(timesteps))
         (loss * len(labels) / len(samples)).backward()
     return {name: (weight * weight.grad).detach().abs() for name, weight in prunable(model).items()}
+
+
+def erk_densities(shapes: dict[str, torch.Size], density: float) -> dict[str, float]:
+    """Density of each layer, 0 to 1, when all together have ``density``: Erdos-Renyi-Kernel (Evci et al., ICML 2020).
+
+    A layer's density is in proportion to the sum of its kernel's sizes over their product, (n_out + n_in + k_h + k_w) /
+    (n_out n_in k_h k_w); layers that this would make more than dense are dense, and the rest is solved again.
+    """
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    budget = density * sum(sizes.values())
+    dense: set[str] = set()
+    while True:
+        left = {name: sum(shapes[name]) for name in shapes if name not in dense}  # raw density x size
+        factor = (budget - sum(sizes[name] for name in dense)) / max(sum(left.values()), 1)
+        too_dense = {name for name in left if factor * left[name] > sizes[name]}
+        if not too_dense:
+            return {name: 1.0 if name in dense else factor * left[name] / sizes[name] for name in shapes}
+        dense |= too_dense
+
+
+def erk_scores(model: nn.Module, density: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random scores from a CPU generator such that global pruning to ``density`` (0 to 1) leaves each layer its ERK
+    density, see ``erk_densities``: ranks in a layer, moved so that what the layer is to lose is below 0."""
+    weights, scores = prunable(model), {}
+    densities = erk_densities({name: weight.shape for name, weight in weights.items()}, density)
+    for name, weight in weights.items():
+        ranks = (torch.randperm(weight.numel(), generator=generator, dtype=torch.float64) + 0.5) / weight.numel()
+        scores[name] = (ranks - (1 - densities[name])).view(weight.shape).to(weight.device)
+    return scores

@@ -1,0 +1,182 @@
+"""ERK, drop and grow, and the script that uses them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import Finished
+from torch import nn
+
+from models import build_model
+from utils import stages
+from utils.data import Data, Split
+from utils.datasets import DATASETS
+from utils.flags import get_args
+from utils.masks import dense_mask, drop_lowest
+from utils.rewiring import drop_and_grow
+from utils.scores import erk_densities, erk_scores
+from utils.training import Trainer, generator, learning_rate, make_optimizer
+
+SHAPES = {"stem": (64, 3, 3, 3), "conv": (512, 512, 3, 3), "deep": (512, 256, 3, 3), "classifier": (10, 512)}
+LIVELY = ("--sparsity", "80", "--update_every", "3", "--end_iter", "5", "--checkpoint_minutes", "0")
+
+
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.5, 0.9, 1.0])
+def test_erk_densities_follow_the_formula_and_the_budget(density):
+    densities = erk_densities({name: torch.Size(shape) for name, shape in SHAPES.items()}, density)
+    sizes = {name: math.prod(shape) for name, shape in SHAPES.items()}
+    total = sum(densities[name] * sizes[name] for name in sizes)
+    assert total == pytest.approx(density * sum(sizes.values()))
+    assert all(0 < value <= 1 for value in densities.values())
+    ratios = [densities[name] * sizes[name] / sum(SHAPES[name]) for name in sizes if densities[name] < 1]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios)) if ratios else density == 1
+    capped = [name for name in sizes if densities[name] == 1]
+    assert all(ratios[0] * sum(SHAPES[name]) >= sizes[name] for name in capped if ratios)
+
+
+def test_erk_scores_prune_each_layer_to_its_density():
+    model = build_model("alexnet", 3, 10, width=0.125)
+    scores = erk_scores(model, 0.1, torch.Generator().manual_seed(0))
+    mask = drop_lowest(scores, dense_mask(model), 0.9)
+    wanted = erk_densities({name: m.shape for name, m in mask.items()}, 0.1)
+    for name, m in mask.items():
+        assert abs(int(m.sum()) - wanted[name] * m.numel()) <= 2, name
+    again = drop_lowest(erk_scores(model, 0.1, torch.Generator().manual_seed(0)), dense_mask(model), 0.9)
+    other = drop_lowest(erk_scores(model, 0.1, torch.Generator().manual_seed(1)), dense_mask(model), 0.9)
+    assert all(torch.equal(m, again[name]) for name, m in mask.items())
+    assert any(not torch.equal(m, other[name]) for name, m in mask.items())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("growth", ["gradient", "random"])
+def test_each_layer_keeps_its_count_and_what_grows_starts_at_0(growth, optimizer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+    mask = {name: torch.rand_like(weight) < 0.3 for name, weight in model.named_parameters() if weight.ndim > 1}
+    kinds = {"sgd": torch.optim.SGD(model.parameters(), 0.1, 0.9), "adam": torch.optim.Adam(model.parameters(), 0.1)}
+    model(torch.randn(8, 20)).square().sum().backward()
+    kinds[optimizer].step()
+    weights = {name: model.get_parameter(name) for name in mask}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.mul_(mask[name])
+    before = {name: (m.clone(), weights[name].detach().clone()) for name, m in mask.items()}
+    drop_and_grow(model, kinds[optimizer], mask, 0.4, growth, torch.Generator().manual_seed(0))
+    for name, (old, values) in before.items():
+        weight, new = weights[name], mask[name]
+        count = round(0.4 * int(old.sum()))
+        assert new.sum() == old.sum()
+        assert 0 < (new & ~old).sum() <= count
+        assert (weight[new & ~old] == 0).all()
+        assert (weight[~new] == 0).all()
+        assert torch.equal(weight[new & old], values[new & old])
+        smallest = values.abs()[old].sort().values[count]
+        assert (new[old & (values.abs() >= smallest)]).all(), "only the smallest may go"
+        if growth == "gradient":
+            grown, passed_over = weight.grad.abs()[new & ~old], weight.grad.abs()[~new]
+            assert grown.min() >= passed_over.max()
+        for memory in kinds[optimizer].state[weight].values():
+            if memory.shape == weight.shape:
+                assert (memory[~(old & new)] == 0).all()
+                assert (memory[old & new] != 0).any()
+
+
+class Linear(nn.Module):
+    """One layer that answers alike at all timesteps."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 12, dtype=torch.float64) / 3)
+
+    def forward(self, images, timesteps):
+        return (images.flatten(1).double() @ self.weight.T).expand(timesteps, -1, -1)
+
+
+def test_training_is_that_of_a_plain_numpy_loop():
+    """Three epochs of five steps, the last not full; the mask changes at every fourth."""
+    flags = "--dataset synthetic --batch_size 4 --end_iter 3 --learning_rate 0.1 --momentum 0.8 --weight_decay 0.01"
+    args = get_args("train_snn_none.py", "none", None, [*flags.split(), "--device", "cpu"])
+    torch.manual_seed(0)
+    images = torch.randint(256, (18, 3, 2, 2), dtype=torch.uint8)
+    split = Split(images, torch.arange(18) % 4, DATASETS["synthetic"])
+    model = Linear()
+    mask = {"weight": torch.rand(4, 12) < 0.5}
+    with torch.no_grad():
+        model.weight.mul_(mask["weight"])
+    weight, alive, momentum = model.weight.detach().numpy().copy(), mask["weight"].numpy().copy(), np.zeros((4, 12))
+    trainer, optimizer = Trainer(model, Data(split, split, 4), args), make_optimizer(model, args)
+
+    def change(step, generator):
+        if step % 4 == 0:
+            drop_and_grow(model, optimizer, mask, 0.3, "gradient", generator)
+
+    step = 0
+    for epoch in range(3):
+        draws = [generator(args, purpose, 0, epoch) for purpose in ("shuffle", "augment")]
+        for inputs, labels in split.augmented_batches(4, *draws):
+            x = inputs.flatten(1).double().numpy()
+            logits = x @ weight.T
+            p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            gradient = (p - np.eye(4)[labels]).T @ x / len(x)
+            momentum = 0.8 * momentum + gradient + 0.01 * weight
+            weight = (weight - learning_rate(args, epoch) * momentum) * alive
+            if step % 4 == 0:
+                count = round(0.3 * alive.sum())
+                order = sorted(zip(*np.nonzero(alive), strict=True), key=lambda at: abs(weight[at]))
+                new = alive.copy()
+                for at in order[:count]:
+                    new[at] = False
+                dormant = sorted(zip(*np.nonzero(~new), strict=True), key=lambda at: -abs(gradient[at]))
+                for at in dormant[:count]:
+                    new[at] = True
+                weight, momentum, alive = weight * (alive & new), momentum * (alive & new), new
+            step += 1
+        trainer.epoch(optimizer, mask, epoch, 2, after_step=change)
+    assert step == 15
+    assert np.array_equal(mask["weight"].numpy(), alive)
+    np.testing.assert_allclose(model.weight.detach().numpy(), weight, rtol=1e-5, atol=1e-7)  # the loss is in fp32
+
+
+@pytest.mark.parametrize("growth", ["gradient", "random"])
+def test_script_moves_its_mask_and_resumes_bit_for_bit(run, tmp_path, monkeypatch, growth):
+    whole = run("rigl", *LIVELY, "--grow", growth)
+    assert whole.args["label"] == {"gradient": "RigL", "random": "SET"}[growth]
+    (start, _, _), (end, weights, _) = whole.ticket("start"), whole.network("sparsity_80")
+    assert {name: int(m.sum()) for name, m in start.items()} == {name: int(m.sum()) for name, m in end.items()}
+    assert sum(int(m.sum()) for m in end.values()) == round(0.2 * sum(m.numel() for m in end.values()))
+    assert any(not torch.equal(m, end[name]) for name, m in start.items())
+    assert all((weights[name][~m] == 0).all() for name, m in end.items())
+    assert all(torch.equal(m, end[name]) for name, m in whole.ticket("sparsity_80")[0].items())
+
+    commit, seen = stages.Stage.commit, []
+
+    def killed_twice(self, epoch, row, last=False):
+        commit(self, epoch, row, last)
+        seen.append(epoch)
+        if seen in ([0], [0, 1, 2]):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.Stage, "commit", killed_twice)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            run("rigl", *LIVELY, "--grow", growth, "--exp_name", "again")
+    again = run("rigl", *LIVELY, "--grow", growth, "--exp_name", "again")
+    assert seen == [0, 1, 2, 3, 4]
+    for kind in ("ticket", "network"):
+        ours, theirs = (getattr(one, kind)("sparsity_80") for one in (whole, again))
+        assert all(torch.equal(m, theirs[0][name]) for name, m in ours[0].items())
+        assert all(torch.equal(w, theirs[1][name]) for name, w in ours[1].items())
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+def test_other_distributions(run, distribution):
+    mask, _, _ = run("rigl", *LIVELY, "--distribution", distribution).ticket("start")
+    densities = [m.float().mean().item() for m in mask.values()]
+    assert (max(densities) - min(densities) < 0.02) == (distribution == "uniform")
+
+
+def test_update_until_fixes_the_mask(run):
+    still = run("rigl", *LIVELY, "--update_until", "0.1")  # before the third of 25 steps
+    assert isinstance(still, Finished)
+    assert all(torch.equal(m, still.ticket("sparsity_80")[0][name]) for name, m in still.ticket("start")[0].items())
