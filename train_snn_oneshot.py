@@ -1,6 +1,7 @@
 """Baselines and controls: one ticket, made once, then trained at T timesteps (Figs. 4, 6, 9 and 10 of the paper).
 
-The mask is random, SNIP's, the magnitude mask of a network trained to the end at T_PRE timesteps, or a saved ticket's.
+The mask is random, random with a density for each layer (Erdos-Renyi-Kernel, ERK), SNIP's, the magnitude mask of a
+network trained to the end at T_PRE timesteps, or a saved ticket's.
 The controls keep the mask and draw fresh weights, or keep the weights and shuffle the mask within each layer.
 
     python train_snn_oneshot.py --ticket random --dataset cifar10 --arch vgg16 --sparsity_round 8
@@ -18,11 +19,11 @@ from utils.files import InputError
 from utils.flags import count, get_args, positive_int
 from utils.goal import goal_for, goal_of, scope_flags, sparsity_flags
 from utils.masks import dense_mask, drop_lowest, rewind, shuffle_layers, sparsity
-from utils.scores import magnitude_mask, random_scores, snip_scores
+from utils.scores import erk_scores, magnitude_mask, random_scores, snip_scores
 from utils.tickets import load_dense_weights, load_fitting_ticket, load_ticket
 from utils.training import Trainer, generator, make_optimizer
 
-LABELS = {"random": "random", "snip": "SNIP", "magnitude": "magnitude"}  # of the kinds of ticket
+LABELS = {"random": "random", "erk": "ERK", "snip": "SNIP", "magnitude": "magnitude"}  # of the kinds of ticket
 CONTROLS = ("none", "reinit", "shuffle")
 SPARSITY = {"--sparsity", "--sparsity_round", "--prune_percent", "--pruning_scope"}
 
@@ -43,8 +44,8 @@ def oneshot_flags(parser):
         control = "" if flags.control == "none" else flags.control
         flags.method = "-".join(filter(None, [flags.method, kind, control]))
         flags.label = " ".join(filter(None, [LABELS.get(kind, kind), control]))
-        if kind == "random" and "--pruning_scope" in parser.given:
-            parser.error("argument --pruning_scope: not with --ticket random, which has --random_scope")
+        if kind in ("random", "erk") and "--pruning_scope" in parser.given:
+            parser.error(f"argument --pruning_scope: not with --ticket {kind}, which ranks no weights")
         if kind == "transfer":
             for name in sorted(parser.given & SPARSITY):
                 parser.error(f"argument {name}: not with a saved ticket")
@@ -82,6 +83,8 @@ def main(argv=None):
     if args.ticket == "random":
         scores = random_scores(model, generator(args, "random"))
         mask = drop_lowest(scores, dense, goal.sparsity, "local" if args.random_scope == "layer" else "global")
+    elif args.ticket == "erk":
+        mask = drop_lowest(erk_scores(model, 1 - goal.sparsity, generator(args, "random")), dense, goal.sparsity)
     elif args.ticket == "snip":
         scores = snip_scores(model, balanced_part(data.train, args.snip_samples), args.timestep)
         mask = drop_lowest(scores, dense, goal.sparsity, args.pruning_scope)

@@ -61,7 +61,7 @@ def main(argv=None):
 
     # the ticket: the last mask on the initial weights
     mask, _ = run.ticket(goal.name, mask, run.read_ticket("initial")[1], goal.level, epoch=0)
-    run.save_result(goal.name, goal.level, mask, model, data.test, search=[], train=train)
+    run.save_result(goal.name, goal.level, mask, model, data.test, search=[train], train=train)
     run.finish()
 
 

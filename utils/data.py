@@ -73,11 +73,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """The training and test split of a data set."""
+    """The training and test split of a data set, and the training images held out by ``--valid_samples``, if any."""
 
     train: Split
     test: Split
     classes: int
+    valid: Split | None = None
 
     @property
     def channels(self) -> int:
@@ -96,21 +97,37 @@ class Data:
 def load_data(args) -> Data:
     """Load ``args.dataset`` from ``args.data_dir`` to ``args.device``, of each split the balanced part that
     ``args.train_samples`` and ``args.test_samples`` ask for. Images smaller than 32x32 are enlarged to that.
+    ``args.valid_samples`` training images, drawn by ``args.seed``, are held out before.
 
     Raises:
         InputError: the data is missing, damaged or smaller than asked for; the message names the place or the flag.
     """
     arrays = load_arrays(args.dataset, Path(args.data_dir))
     train, test = (Split(enlarged(images, SMALLEST), labels, DATASETS[args.dataset]) for images, labels in arrays)
+    classes, valid = int(train.labels.max()) + 1, None
+    if args.valid_samples:
+        _check_count("--valid_samples", args.valid_samples, len(train) - 1)
+        held = balanced_indices(train, args.valid_samples, args.seed)
+        valid, train = train.part(held).to(args.device), train.part(_others(held, len(train)))
     for split, count, flag in (
         (train, args.train_samples, "--train_samples"),
         (test, args.test_samples, "--test_samples"),
     ):
-        if count is not None and not 1 <= count <= len(split):
-            raise InputError(f"{flag} must be from 1 to {len(split)}, got {count}")
-    classes = int(train.labels.max()) + 1
+        _check_count(flag, count, len(split))
     train, test = balanced_part(train, args.train_samples), balanced_part(test, args.test_samples)
-    return Data(train.to(args.device), test.to(args.device), classes)
+    return Data(train.to(args.device), test.to(args.device), classes, valid)
+
+
+def _check_count(flag: str, count: int | None, most: int) -> None:
+    if count is not None and not 1 <= count <= most:
+        raise InputError(f"{flag} must be from 1 to {most}, got {count}")
+
+
+def _others(indices: Tensor, count: int) -> Tensor:
+    """The indices below ``count`` that are not among ``indices``, in order."""
+    others = torch.ones(count, dtype=torch.bool)
+    others[indices] = False
+    return others.nonzero().flatten()
 
 
 def enlarged(images: Tensor, side: int) -> Tensor:
@@ -127,9 +144,13 @@ def balanced_part(split: Split, count: int | None) -> Split:
     """The same ``count`` samples every time, as many of each class as there can be; all, if there are no more."""
     if count is None or count >= len(split):
         return split
+    return split.part(balanced_indices(split, count).to(split.labels.device))
+
+
+def balanced_indices(split: Split, count: int, seed: int = 0) -> Tensor:
+    """Sorted indices of ``count`` samples drawn by a seed, as many of each class as there can be; on the CPU."""
     labels = split.labels.cpu()
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[labels[shuffled].sort(stable=True).indices]
-    sizes = labels.bincount()
-    rank_in_class = torch.cat([torch.arange(size) for size in sizes])
-    return split.part(by_class[rank_in_class.sort(stable=True).indices[:count]].sort().values.to(split.labels.device))
+    rank_in_class = torch.cat([torch.arange(size) for size in labels.bincount()])
+    return by_class[rank_in_class.sort(stable=True).indices[:count]].sort().values

@@ -9,6 +9,7 @@ from .flags import Parser, not_negative, positive_int
 
 DIVERGENCES = ("kl", "js")
 SILENCE = 1e-12  # nats; a divergence below it is rounding
+OWN_FLAGS = {"--early_time_epoch", "--early_time_threshold", "--early_time_samples", "--divergence"}
 FEWEST = 2  # timesteps to consider; the paper leaves out 1, which has no dynamics
 
 
@@ -103,35 +104,30 @@ class EarlyTime:
         self.timesteps, self.decided = state["timesteps"], state["decided"]
 
 
-def early_time_flags(parser: Parser) -> None:
+def early_time_flags(parser: Parser, switch: bool = False) -> None:
+    """The flags of Early-Time; with ``switch`` it is off unless ``--early_time`` is given."""
     flag = parser.section("Early-Time")
-    flag(
-        "--early_time_epoch",
-        positive_int,
-        2,
-        "EPOCHS",
-        "epochs of training at T before the timesteps of the search are chosen",
-        below="end_iter",
-    )
-    flag(
-        "--early_time_threshold",
-        not_negative,
-        0.6,
-        "LAMBDA",
-        "search with the fewest timesteps whose normalised divergence is below this; 0 keeps T",
-    )
-    flag(
-        "--early_time_samples",
-        positive_int,
-        1000,
-        "N",
-        "training images that the divergence is measured on; all, if there are fewer",
-    )
-    flag(
-        "--divergence",
-        DIVERGENCES,
-        "kl",
-        None,
-        "how predictions of fewer timesteps are compared with those of T: Kullback-Leibler or Jensen-Shannon",
-    )
-    parser.require("--timestep", FEWEST + 1, "Early-Time needs timesteps to choose from")
+    if switch:
+        flag("--early_time", bool, False, None, "search with fewer timesteps than T")
+    text = "epochs of training at T before the timesteps of the search are chosen"
+    flag("--early_time_epoch", positive_int, 2, "EPOCHS", text)
+    text = "search with the fewest timesteps whose normalised divergence is below this; 0 keeps T"
+    flag("--early_time_threshold", not_negative, 0.6, "LAMBDA", text)
+    text = "training images that the divergence is measured on; all, if there are fewer"
+    flag("--early_time_samples", positive_int, 1000, "N", text)
+    text = "how predictions of fewer timesteps are compared with those of T: Kullback-Leibler or Jensen-Shannon"
+    flag("--divergence", DIVERGENCES, "kl", None, text)
+
+    def check(flags):
+        if switch and not flags.early_time:
+            for name in sorted(parser.given & OWN_FLAGS):
+                parser.error(f"argument {name}: only with --early_time")
+            return
+        parser.require_below(flags, "early_time_epoch", "end_iter")
+        if flags.timestep <= FEWEST:
+            text = f"must be at least {FEWEST + 1}, got {flags.timestep}: Early-Time needs timesteps to choose from"
+            parser.error(f"argument --timestep: {text}")
+        if switch:
+            flags.method, flags.label = f"earlyT_{flags.method}", f"{flags.label} + ET"
+
+    parser.check(check)

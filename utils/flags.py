@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
             else:
                 group.add_argument(name, choices=tuple(kind), **options)
             if below:
-                self.check(lambda flags: self._require_below(flags, field, below))
+                self.check(lambda flags: self.require_below(flags, field, below))
 
         return flag
 
@@ -94,15 +94,14 @@ class Parser(argparse.ArgumentParser):
         """Have a function look at the parsed flags; it may fill in more, or call ``error``."""
         self._checks.append(function)
 
-    def require(self, flag: str, least: int, reason: str) -> None:
-        """Refuse values of a flag below ``least``."""
-
-        def look(flags):
-            value = getattr(flags, flag.removeprefix("--"))
-            if value < least:
-                self.error(f"argument {flag}: must be at least {least}, got {value}: {reason}")
-
-        self.check(look)
+    def require_below(self, flags: argparse.Namespace, field: str, other: str) -> None:
+        """Refuse a value that is not less than another flag's."""
+        value, limit = getattr(flags, field), getattr(flags, other)
+        if value >= limit:
+            ours, theirs = (
+                f"--{n} {v}{' (default)' * (f'--{n}' not in self.given)}" for n, v in ((field, value), (other, limit))
+            )
+            self.error(f"argument --{field}: must be less than --{other}, got {ours} and {theirs}")
 
     def only_with(self, flag: str, other: str, value: str) -> None:
         """Refuse a flag where another one has not this value: nothing is ignored in silence."""
@@ -133,14 +132,6 @@ class Parser(argparse.ArgumentParser):
             look(flags)
         return flags
 
-    def _require_below(self, flags: argparse.Namespace, field: str, other: str) -> None:
-        value, limit = getattr(flags, field), getattr(flags, other)
-        if value >= limit:
-            ours, theirs = (
-                f"--{n} {v}{' (default)' * (f'--{n}' not in self.given)}" for n, v in ((field, value), (other, limit))
-            )
-            self.error(f"argument --{field}: must be less than --{other}, got {ours} and {theirs}")
-
 
 def shared_flags(parser: Parser) -> None:
     """The flags of all scripts."""
@@ -149,6 +140,8 @@ def shared_flags(parser: Parser) -> None:
     flag("--data_dir", str, "dataset/", "DIR", "folder that holds or receives the data sets")
     flag("--train_samples", positive_int, None, "N", "train on a fixed, class-balanced part of so many", shown="all")
     flag("--test_samples", positive_int, None, "N", "test on a fixed, class-balanced part of so many", shown="all")
+
+    flag("--valid_samples", whole, 0, "N", "hold out so many training images, as many of each class, for a test")
 
     flag = parser.section("network")
     flag("--arch", ARCHITECTURES, "vgg16", None, "network")

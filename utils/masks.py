@@ -28,6 +28,11 @@ def dense_mask(model: nn.Module) -> Mask:
     return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable(model).items()}
 
 
+def surviving(model: nn.Module) -> Mask:
+    """The mask that keeps what is not 0."""
+    return {name: weight.detach() != 0 for name, weight in prunable(model).items()}
+
+
 def drop_lowest(scores: dict[str, Tensor], mask: Mask, fraction: float, scope: str = "global") -> Mask:
     """Prune the given fraction of the surviving weights, those with the lowest scores.
 

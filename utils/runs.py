@@ -5,6 +5,7 @@ read from the folder, and the stage that was stopped loads its checkpoint and co
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ MAY_DIFFER = set("output_dir exp_name data_dir ticket device channels_last tenso
 WRITTEN = ("tickets", "networks", "checkpoints")  # folders that are made after args.json
 NOT_RECORDED = ("restart", "checkpoint_minutes")
 REMEDY = "use another --exp_name, or --restart to delete that run and start over"
+PRICES = ("seconds", "timesteps")  # of an epoch, in the log
 INITIAL = "initial"  # name of the ticket that holds the weights that a run starts from
 
 
@@ -176,6 +178,7 @@ class Run:
         test: Split,
         search: list[Stage],
         train: Stage,
+        until: float = math.inf,
         **more,
     ) -> None:
         """Write the row of a trained ticket to ``results.json`` and its network to ``networks/<name>.safetensors``,
@@ -187,8 +190,11 @@ class Run:
             mask: of the trained network.
             model: the trained network; what it costs to run is measured on the test images at T.
             test: the test images.
-            search: the stages that found the ticket; its own training is not counted (Table 1).
+            search: the stages that found the ticket; its own training is not counted (Table 1), unless it is one of
+                them: a method that trains in place has no other.
             train: the stage that trained it; accuracy is that of its last epoch.
+            until: the epoch of the search, or the fraction of one, that found the ticket; what comes later is not
+                counted.
             more: further fields of the row.
         """
         path = self.folder / "networks" / f"{name}.safetensors"
@@ -199,6 +205,8 @@ class Run:
         if not self.live:
             raise InputError(f"{self.folder / 'results.json'} has lost {name}: put it back, or {REMEDY}")
         own, searched = train.rows, [row for stage in search for row in stage.rows]
+        shares = [min(1, max(0, until - row["epoch"])) for row in searched]  # of each epoch, what counts
+        spent = {name: sum(s * row[name] for s, row in zip(shares, searched, strict=True)) for name in PRICES}
         costs = measure(model, mask, test, self.args.timestep, self.args.precision)
         row = {
             "ticket": name,
@@ -208,12 +216,12 @@ class Run:
             "sparsity_all_parameters": 100 * sparsity(mask, sum(p.numel() for p in model.parameters())),
             "timesteps": self.args.timestep,
             "search_timesteps": searched[-1]["timesteps"] if searched else self.args.timestep,
-            "test_accuracy": own[-1]["test_accuracy"],
+            **{name: value for name, value in own[-1].items() if name in ("valid_accuracy", "test_accuracy")},
             "best_test_accuracy": max(row["test_accuracy"] for row in own if row["test_accuracy"] is not None),
-            "search_seconds": sum(row["seconds"] for row in searched),
-            "search_epochs": len(searched),
-            "search_timestep_epochs": sum(row["timesteps"] for row in searched),
-            "train_seconds": sum(row["seconds"] for row in own),
+            "search_seconds": spent["seconds"],
+            "search_epochs": sum(shares),
+            "search_timestep_epochs": spent["timesteps"],
+            "train_seconds": 0.0 if train in search else sum(row["seconds"] for row in own),
             "ticket_bytes": self.ticket_path(name).stat().st_size,
             "layers": {layer: 100 * value for layer, value in layer_sparsity(mask).items()},
             **more,

@@ -82,7 +82,8 @@ class Stage:
             run.last_save = time.monotonic()
         if self.curves is not None:
             _add_points(self.curves, row)
-        tested = "" if row["test_accuracy"] is None else f"  test {row['test_accuracy']:.2f} %"
+        values = ((name, row.get(f"{name}_accuracy")) for name in ("valid", "test"))
+        tested = "".join(f"  {name} {value:.2f} %" for name, value in values if value is not None)
         left = "" if self.ended else f", {clock(row['seconds'] * (self.stop - epoch - 1))} left"
         print(
             f"{self.name} epoch {epoch + 1}/{run.args.end_iter} T={row['timesteps']}  lr {row['lr']:.4f}  "

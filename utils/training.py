@@ -4,7 +4,7 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -46,14 +46,17 @@ def place(model: nn.Module, args) -> nn.Module:
     return model.to(args.device, memory_format=layout)
 
 
-def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
-    """A fresh optimizer without momentum, the weight decay on all parameters (section 4.1)."""
-    rate, decay = args.learning_rate, args.weight_decay
+def make_optimizer(model: nn.Module, args, undecayed: Iterable[nn.Parameter] = ()) -> torch.optim.Optimizer:
+    """A fresh optimizer without momentum, the weight decay on all parameters (section 4.1) but ``undecayed``."""
+    rate, decay, undecayed = args.learning_rate, args.weight_decay, list(undecayed)
+    free = {id(parameter) for parameter in undecayed}
+    groups = [{"params": [parameter for parameter in model.parameters() if id(parameter) not in free]}]
+    groups += [{"params": undecayed, "weight_decay": 0.0}] if undecayed else []
     if args.cuda_graph:  # a captured step reads its rate from memory
         rate = torch.tensor(rate, device=next(model.parameters()).device)
     if args.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), rate, weight_decay=decay, fused=True, capturable=args.cuda_graph)
-    return torch.optim.SGD(model.parameters(), rate, args.momentum, weight_decay=decay, fused=True)
+        return torch.optim.Adam(groups, rate, weight_decay=decay, fused=True, capturable=args.cuda_graph)
+    return torch.optim.SGD(groups, rate, args.momentum, weight_decay=decay, fused=True)
 
 
 def learning_rate(args, epoch: int) -> float:
@@ -102,7 +105,7 @@ class Trainer:
 
     Args:
         model: trained in place.
-        data: its training split is trained on, its test split measured every ``args.valid_freq`` epochs.
+        data: its training split is trained on, the others are measured every ``args.valid_freq`` epochs.
         args: the flags of the script.
 
     Attributes:
@@ -142,7 +145,8 @@ class Trainer:
 
         Returns:
             For the log: timesteps, lr, mean loss, train_accuracy on the augmented images and test_accuracy (None
-            between tests) in %, and the seconds of the training alone.
+            between tests) in %, and the seconds of the training alone; with ``--valid_samples`` also valid_accuracy, on
+            the images held out.
 
         Raises:
             DivergedError: the loss or the weights are not finite.
@@ -175,14 +179,12 @@ class Trainer:
         distributed.from_rank_0(self.model.buffers())
         self._check_finite(loss, f"in {title}, learning rate {rate:.4g}")
         tested = (epoch + 1) % args.valid_freq == 0 or epoch + 1 == args.end_iter
-        return {
-            "timesteps": timesteps,
-            "lr": rate,
-            "loss": loss,
-            "train_accuracy": accuracy,
-            "test_accuracy": self.evaluate(self.data.test, timesteps) if tested else None,
-            "seconds": seconds,
-        }
+        row = {"timesteps": timesteps, "lr": rate, "loss": loss, "train_accuracy": accuracy}
+        splits = {"valid_accuracy": self.data.valid, "test_accuracy": self.data.test}
+        for name, split in splits.items():
+            if split is not None:
+                row[name] = self.evaluate(split, timesteps) if tested else None
+        return row | {"seconds": seconds}
 
     def predict(self, split: Split, timesteps: int) -> Tensor:
         """Logits fp32 [T,N,classes] of un-augmented images in eval mode; the model's statistics do not change. On
