@@ -29,7 +29,7 @@ from .files import (
     write_text,
 )
 from .masks import Mask, dense_mask, emptied_layers, layer_sparsity, sparsity
-from .stages import Stage, read_rows
+from .stages import Stage, read_rows, search_costs
 from .summary import describe, read_results
 from .tickets import load_ticket, write_ticket
 
@@ -38,7 +38,6 @@ MAY_DIFFER = set("output_dir exp_name data_dir ticket device channels_last tenso
 WRITTEN = ("tickets", "networks", "checkpoints")  # folders that are made after args.json
 NOT_RECORDED = ("restart", "checkpoint_minutes")
 REMEDY = "use another --exp_name, or --restart to delete that run and start over"
-PRICES = ("seconds", "timesteps")  # of an epoch, in the log
 INITIAL = "initial"  # name of the ticket that holds the weights that a run starts from
 
 
@@ -190,11 +189,9 @@ class Run:
             mask: of the trained network.
             model: the trained network; what it costs to run is measured on the test images at T.
             test: the test images.
-            search: the stages that found the ticket; its own training is not counted (Table 1), unless it is one of
-                them: a method that trains in place has no other.
+            search: the stages that found the ticket; without its own training (Table 1), if that is another one.
             train: the stage that trained it; accuracy is that of its last epoch.
-            until: the epoch of the search, or the fraction of one, that found the ticket; what comes later is not
-                counted.
+            until: epochs of the search, in fractions too, after which the ticket was found; the rest does not count.
             more: further fields of the row.
         """
         path = self.folder / "networks" / f"{name}.safetensors"
@@ -204,9 +201,6 @@ class Run:
             return
         if not self.live:
             raise InputError(f"{self.folder / 'results.json'} has lost {name}: put it back, or {REMEDY}")
-        own, searched = train.rows, [row for stage in search for row in stage.rows]
-        shares = [min(1, max(0, until - row["epoch"])) for row in searched]  # of each epoch, what counts
-        spent = {name: sum(s * row[name] for s, row in zip(shares, searched, strict=True)) for name in PRICES}
         costs = measure(model, mask, test, self.args.timestep, self.args.precision)
         row = {
             "ticket": name,
@@ -215,13 +209,11 @@ class Run:
             "sparsity": 100 * sparsity(mask),
             "sparsity_all_parameters": 100 * sparsity(mask, sum(p.numel() for p in model.parameters())),
             "timesteps": self.args.timestep,
-            "search_timesteps": searched[-1]["timesteps"] if searched else self.args.timestep,
-            **{name: value for name, value in own[-1].items() if name in ("valid_accuracy", "test_accuracy")},
-            "best_test_accuracy": max(row["test_accuracy"] for row in own if row["test_accuracy"] is not None),
-            "search_seconds": spent["seconds"],
-            "search_epochs": sum(shares),
-            "search_timestep_epochs": spent["timesteps"],
-            "train_seconds": 0.0 if train in search else sum(row["seconds"] for row in own),
+            **{name: value for name, value in train.rows[-1].items() if name in ("valid_accuracy", "test_accuracy")},
+            "best_test_accuracy": max(r["test_accuracy"] for r in train.rows if r["test_accuracy"] is not None),
+            "search_timesteps": self.args.timestep,
+            **search_costs(search, until),
+            "train_seconds": 0.0 if train in search else search_costs([train])["search_seconds"],
             "ticket_bytes": self.ticket_path(name).stat().st_size,
             "layers": {layer: 100 * value for layer, value in layer_sparsity(mask).items()},
             **more,

@@ -1,6 +1,7 @@
 """A stage of a run: a piece of training that is logged, and that resumes where it was stopped."""
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -128,6 +129,17 @@ def read_rows(path: Path, count: int | None = None) -> list[dict]:
     except (ValueError, TypeError) as error:
         raise DamagedError(f"{path} is damaged ({error}): put it back, or use --restart") from error
     return rows
+
+
+def search_costs(stages: list[Stage], until: float = math.inf) -> dict:
+    """What a search has cost, for ``results.json``: seconds, epochs, epochs x timesteps, and the timesteps of its last
+    epoch, if there is one. Nothing after the epoch ``until`` counts, which may be in the middle of one."""
+    rows = [row for stage in stages for row in stage.rows if row["epoch"] < until]
+    shares = [min(1, until - row["epoch"]) for row in rows]
+    sums = {name: sum(s * row[name] for s, row in zip(shares, rows, strict=True)) for name in ("seconds", "timesteps")}
+    costs = {"search_seconds": sums["seconds"], "search_epochs": sum(shares)}
+    costs |= {"search_timestep_epochs": sums["timesteps"]}
+    return costs | ({"search_timesteps": rows[-1]["timesteps"]} if rows else {})
 
 
 def clock(seconds: float) -> str:
