@@ -10,7 +10,7 @@ behind Table 2 of the paper: it starts dense, has no noise, and stops pruning a 
 from utils.experiment import script, start
 from utils.flags import get_args, not_negative
 from utils.goal import goal_of, scope_flags, sparsity_flags
-from utils.masks import dense_mask, drop_lowest, rewind
+from utils.masks import apply_mask, dense_mask, drop_lowest
 from utils.rewiring import deep_rewiring, signs_of
 from utils.scores import random_scores
 from utils.training import Trainer, generator, learning_rate, make_optimizer
@@ -44,8 +44,8 @@ def main(argv=None):
     sparse = drop_lowest(random_scores(model, generator(args, "random")), dense, goal.sparsity, args.pruning_scope)
     groups = [tuple(sparse)] if args.pruning_scope == "global" else [(name,) for name in sparse]
     least = {names: sum(int(sparse[name].count_nonzero()) for name in names) for names in groups}
-    mask, initial = run.ticket("start", dense if args.from_dense else sparse, model.state_dict(), None, epoch=0)
-    rewind(model, initial, mask)
+    mask, _ = run.ticket("start", dense if args.from_dense else sparse, model.state_dict(), None, epoch=0)
+    apply_mask(model, mask)
     optimizer = make_optimizer(model, args)
 
     def rewire(step, generator):
@@ -57,7 +57,7 @@ def main(argv=None):
         train.commit(epoch, trainer.epoch(optimizer, mask, epoch, args.timestep, goal.level, after_step=rewire))
 
     # the ticket: the last connections with the initial weights
-    mask, _ = run.ticket(goal.name, mask, initial, goal.level, epoch=0)
+    mask, _ = run.ticket(goal.name, mask, run.read_ticket("initial")[1], goal.level, epoch=0)
     run.save_result(goal.name, goal.level, mask, model, data.test, search=[train], train=train)
     run.finish()
 

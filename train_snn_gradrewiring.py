@@ -72,9 +72,9 @@ def main(argv=None):
             penalty = next_penalty(tried, 1 - goal.sparsity)
 
     # train; the ticket is what is left at the end, with the initial weights
-    stage = train_with(penalty, "train", goal.level, args.end_iter)
-    mask, _ = run.ticket(goal.name, surviving(model), initial, goal.level, epoch=0)
-    run.save_result(goal.name, goal.level, mask, model, data.test, [*search, stage], stage, penalty=penalty)
+    stage = train_with(penalty, "train", None, args.end_iter)
+    mask, _ = run.ticket("reached", surviving(model), initial, None, epoch=0)
+    run.save_result("reached", None, mask, model, data.test, [*search, stage], stage, penalty=penalty)
     run.finish()
 
 

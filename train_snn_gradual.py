@@ -71,8 +71,9 @@ def main(argv=None):
     rest = run.stage("in_place", goal.level, model=model, optimizer=optimizer, mask=mask)
     for epoch in rest.epochs(range(args.prune_until, args.end_iter)):
         rest.commit(epoch, trainer.epoch(optimizer, mask, epoch, args.timestep, goal.level))
-    names = {"method": f"{args.method}-in_place", "label": args.label.replace("gradual", "gradual in place")}
-    run.save_result(in_place, goal.level, mask, model, data.test, [search, rest], rest, **names)
+    own = {"method": f"{args.method}-in_place", "label": args.label.replace("gradual", "gradual in place")}
+    own["search_timesteps"] = search.rows[-1]["timesteps"]
+    run.save_result(in_place, goal.level, mask, model, data.test, [search, rest], rest, **own)
 
     # (b) the ticket: train from the rewind point
     mask, weights = ticket

@@ -106,7 +106,8 @@ def main(argv=None):
         torch.manual_seed(generator(args, "control").initial_seed())
         weights, lr_epoch = build_model(**run.network).state_dict(), None
 
-    mask, weights = run.ticket(goal.name, mask, weights, goal.level, first)
+    unpruned = "initial" if args.ticket in LABELS and args.control != "reinit" else None  # the file that holds them
+    mask, weights = run.ticket(goal.name, mask, weights, goal.level, first, dense=unpruned)
     rewind(model, weights, mask)
     optimizer = make_optimizer(model, args)
     train = run.stage("train", goal.level, model=model, optimizer=optimizer)

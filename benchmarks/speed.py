@@ -37,7 +37,8 @@ from benchmarks import authors_style  # noqa: E402
 from benchmarks.loop import loop_of  # noqa: E402
 from models import build_model  # noqa: E402
 from models.layers import compile_blocks  # noqa: E402
-from utils.data import DATASETS, Data, Split  # noqa: E402
+from utils.data import Data, Split  # noqa: E402
+from utils.datasets import DATASETS  # noqa: E402
 from utils.experiment import PACKAGES  # noqa: E402
 from utils.files import write_json, write_text  # noqa: E402
 from utils.flags import Parser, get_args  # noqa: E402

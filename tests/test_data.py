@@ -25,6 +25,7 @@ def load(dataset, data_dir="nowhere", train_samples=None, test_samples=None):
             data_dir=str(data_dir),
             train_samples=train_samples,
             test_samples=test_samples,
+            valid_samples=0,
             device=torch.device("cpu"),
         )
     )
@@ -51,13 +52,13 @@ def make_tree(root, splits=("train", "test"), classes=("ant", "bee"), count=3, s
 def test_statistics_recipes_and_epochs_are_those_of_the_papers_code():
     half, cifar100_mean = (0.5, 0.5, 0.5), (0.5071, 0.4867, 0.4408)
     expected = {
-        "cifar10": Spec((0.4913, 0.4821, 0.4465), (0.2023, 0.1994, 0.2010), Recipe(4, True, 16), 300),
-        "cifar100": Spec(cifar100_mean, (0.2673, 0.2564, 0.2762), Recipe(4, True, 16), 300),
-        "svhn": Spec(half, half, Recipe(4, False, 0), 150),
-        "fmnist": Spec((0.5,), (0.5,), Recipe(4, True, 0), 150),
-        "tinyimagenet": Spec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), Recipe(8, True, 0), 300),
-        "digits": Spec((0.5,), (0.5,), Recipe(4, False, 0), 60),
-        "synthetic": Spec(half, half, Recipe(4, False, 0), 60),
+        "cifar10": Spec((0.4913, 0.4821, 0.4465), (0.2023, 0.1994, 0.2010), Recipe(4, True, 16), 300, 10),
+        "cifar100": Spec(cifar100_mean, (0.2673, 0.2564, 0.2762), Recipe(4, True, 16), 300, 100),
+        "svhn": Spec(half, half, Recipe(4, False, 0), 150, 10),
+        "fmnist": Spec((0.5,), (0.5,), Recipe(4, True, 0), 150, 10),
+        "tinyimagenet": Spec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), Recipe(8, True, 0), 300, 200),
+        "digits": Spec((0.5,), (0.5,), Recipe(4, False, 0), 60, 10),
+        "synthetic": Spec(half, half, Recipe(4, False, 0), 60, 10),
     }
     assert expected == DATASETS
     assert [spec.channels for spec in DATASETS.values()] == [3, 3, 3, 1, 3, 1, 3]
@@ -196,7 +197,7 @@ def test_digits_are_all_of_scikit_learns_split_by_class():
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    (images, labels), (test_images, test_labels) = load_arrays("digits", None)
+    (images, labels), (test_images, test_labels), _ = load_arrays("digits", None)
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     assert (images.shape, test_images.shape) == ((1437, 1, 8, 8), (360, 1, 8, 8))
     assert (labels.bincount() - 4 * test_labels.bincount()).abs().max() <= 3
@@ -252,7 +253,8 @@ def test_torchvisions_splits_come_out_channels_first(tmp_path, monkeypatch, data
             del self.labels
 
     monkeypatch.setattr(f"torchvision.datasets.{kind}", Svhn if dataset == "svhn" else Other)
-    loaded = load_arrays(dataset, tmp_path)
+    *loaded, spec = load_arrays(dataset, tmp_path)
+    assert spec == DATASETS[dataset]
     assert calls == [(tmp_path / dataset, download) for download in (False, True, False)]
     for (images, labels), (pixels, classes) in zip(loaded, splits.values(), strict=True):
         if shape[-1] == 3:
@@ -288,36 +290,36 @@ def test_torchvision_that_does_not_fit_torch_is_named(tmp_path, monkeypatch):
 def test_tree_is_read_as_torchvision_reads_it(tmp_path, held_out):
     from torchvision.datasets import ImageFolder
 
-    make_tree(tmp_path / "cifar10", ("train", held_out))
-    data = load("cifar10", tmp_path)
+    make_tree(tmp_path / "bugs", ("train", held_out))
+    data = load("bugs", tmp_path)
     assert data.classes == 2
     for split, name in ((data.train, "train"), (data.test, held_out)):
-        reference = ImageFolder(tmp_path / "cifar10" / name)
+        reference = ImageFolder(tmp_path / "bugs" / name)
         assert split.labels.tolist() == [label for _, label in reference.samples]
         for image, (expected, _) in zip(split.images, reference, strict=True):
             assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(np.array(expected)))
 
 
 def test_cache_is_used_until_the_tree_changes(tmp_path, monkeypatch):
-    make_tree(tmp_path / "cifar10")
-    first = load("cifar10", tmp_path)
+    make_tree(tmp_path / "bugs")
+    first = load("bugs", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("PIL.Image.open", lambda path: pytest.fail("decoded again"))
-        again = load("cifar10", tmp_path)
+        patch.setattr(utils.datasets, "_decode", lambda *_: pytest.fail("decoded again"))
+        again = load("bugs", tmp_path)
     assert again.checksum() == first.checksum()
-    changed = tmp_path / "cifar10" / "train" / "bee" / "1.png"
+    changed = tmp_path / "bugs" / "train" / "bee" / "1.png"
     Image.new("RGB", (32, 32), "red").save(changed)
-    red = (load("cifar10", tmp_path).train.images == torch.tensor([255, 0, 0]).view(3, 1, 1)).all((1, 2, 3))
+    red = (load("bugs", tmp_path).train.images == torch.tensor([255, 0, 0]).view(3, 1, 1)).all((1, 2, 3))
     assert red.tolist() == [False] * 4 + [True, False]
     changed.unlink()
-    assert len(load("cifar10", tmp_path).train) == 5
-    cache = tmp_path / "cifar10" / "train.cache.safetensors"
+    assert len(load("bugs", tmp_path).train) == 5
+    cache = tmp_path / "bugs" / "train.cache.safetensors"
     cache.write_bytes(cache.read_bytes()[:-100])
-    assert len(load("cifar10", tmp_path).train) == 5
+    assert len(load("bugs", tmp_path).train) == 5
 
 
 def test_tree_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
-    make_tree(tmp_path / "cifar10")
+    make_tree(tmp_path / "bugs")
     real = utils.datasets._decode
 
     def decode(samples, channels):
@@ -326,28 +328,58 @@ def test_tree_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(utils.datasets, "_decode", decode)
-        with pytest.raises(InputError, match="cifar10/train"):
-            load("cifar10", tmp_path)
-    assert len(load("cifar10", tmp_path).train) == 6
+        with pytest.raises(InputError, match="bugs/train"):
+            load("bugs", tmp_path)
+    assert len(load("bugs", tmp_path).train) == 6
 
 
 def test_grey_tree_keeps_one_channel(tmp_path):
-    make_tree(tmp_path / "fmnist", size=28, mode="L")
-    assert load("fmnist", tmp_path).train.images.shape == (6, 1, 32, 32)
+    make_tree(tmp_path / "bugs", size=28, mode="L")
+    assert load("bugs", tmp_path).train.images.shape == (6, 1, 32, 32)
+    make_tree(tmp_path / "fmnist", classes=[f"{i}" for i in range(10)], size=28)
+    assert load("fmnist", tmp_path).train.images.shape == (30, 1, 32, 32), "as the set that it is named after"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_tree_of_ones_own_is_normalised_by_its_training_images(tmp_path, mode):
+    make_tree(tmp_path / "bugs", mode=mode)
+    for _ in range(2):  # decoded, and from the cache
+        data = load("bugs", tmp_path)
+        spec, pixels = data.train.spec, data.train.images.numpy() / 255
+        np.testing.assert_allclose(spec.mean, pixels.mean((0, 2, 3)), rtol=1e-12)
+        np.testing.assert_allclose(spec.std, pixels.std((0, 2, 3)), rtol=1e-12)
+        assert data.test.spec is spec
+        assert (spec.recipe, data.channels) == (Recipe(4, flip=True), len(mode))
+    Image.new(mode, (32, 32)).save(tmp_path / "bugs" / "test" / "ant" / "0.png")
+    assert load("bugs", tmp_path).train.spec == spec, "test images have no say"
+
+
+def test_tree_with_other_classes_than_its_name_says_is_refused(tmp_path):
+    make_tree(tmp_path / "cifar10", classes="abcdefg")
+    with pytest.raises(InputError, match=r"cifar10/train .*7.* 10"):
+        load("cifar10", tmp_path)
+
+
+def test_folder_that_is_not_there_is_not_made(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path / 'typo'}"):
+        load("cifar10", tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
 
 
 def test_official_tiny_imagenet_layout(tmp_path):
     root = tmp_path / "tiny-imagenet-200"
-    make_tree(root, ("train",), ("n02", "n01"), size=64)
+    classes = [f"n{i:03d}" for i in range(200)]
+    make_tree(root, ("train",), classes, count=1, size=64)
     for folder in ("val", "test"):
         (root / folder / "images").mkdir(parents=True)
-        for i in range(2):
+        for i in range(200):
             Image.new("RGB", (64, 64), (i, i, i)).save(root / folder / "images" / f"{i}.png")
-    (root / "val" / "val_annotations.txt").write_text("1.png\tn02\t0\t0\t9\t9\n0.png\tn01\t0\t0\t9\t9\n")
+    rows = [f"{i}.png\t{name}\t0\t0\t9\t9\n" for i, name in enumerate(reversed(classes))]
+    (root / "val" / "val_annotations.txt").write_text("".join(rows))
     data = load("tinyimagenet", tmp_path)
-    assert data.train.images.shape == (6, 3, 64, 64)
-    assert data.test.labels.tolist() == [1, 0]
-    assert data.test.images.amax((1, 2, 3)).tolist() == [1, 0]
+    assert data.train.images.shape == (200, 3, 64, 64)
+    assert data.test.labels.tolist() == list(range(199, -1, -1))
+    assert data.test.images.amax((1, 2, 3)).tolist() == list(range(200))
 
 
 @pytest.mark.parametrize(
@@ -357,15 +389,15 @@ def test_official_tiny_imagenet_layout(tmp_path):
         (lambda root: os.truncate(root / "test/bee/2.png", 200), "test/bee/2.png"),
         (lambda root: Image.new("RGB", (40, 40)).save(root / "train/bee/1.png"), "train/bee/1.png is 40x40"),
         (lambda root: (root / "train/ant/3.png").symlink_to("nowhere"), "train/ant/3.png"),
-        (lambda root: (root / "test").rename(root / "tset"), r"cifar10 .*no test \(or val\)"),
-        (lambda root: (root / "train").rename(root / "trian"), "cifar10 .*no train"),
+        (lambda root: (root / "test").rename(root / "tset"), r"bugs .*no test \(or val\)"),
+        (lambda root: (root / "train").rename(root / "trian"), "bugs .*no train"),
         (lambda root: (root / "test").rename(root / "val").joinpath("val_annotations.txt").write_text("x"), "val_anno"),
         (lambda root: (root / "test/bee").rename(root / "test/cat"), "bee, cat"),
-        (lambda root: [path.unlink() for path in (root / "test/bee").iterdir()], "cifar10/test"),
+        (lambda root: [path.unlink() for path in (root / "test/bee").iterdir()], "bugs/test"),
     ],
 )
 def test_broken_trees_name_the_file(tmp_path, break_it, named):
-    make_tree(tmp_path / "cifar10")
-    break_it(tmp_path / "cifar10")
+    make_tree(tmp_path / "bugs")
+    break_it(tmp_path / "bugs")
     with pytest.raises(InputError, match=named):
-        load("cifar10", tmp_path)
+        load("bugs", tmp_path)

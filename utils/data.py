@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import augment as augmentation
-from .datasets import DATASETS, Spec, load_arrays
+from .datasets import Spec, load_arrays
 from .files import InputError
 
 SMALLEST = 32  # side in pixels; the networks halve an image up to five times
@@ -102,8 +102,8 @@ def load_data(args) -> Data:
     Raises:
         InputError: the data is missing, damaged or smaller than asked for; the message names the place or the flag.
     """
-    arrays = load_arrays(args.dataset, Path(args.data_dir))
-    train, test = (Split(enlarged(images, SMALLEST), labels, DATASETS[args.dataset]) for images, labels in arrays)
+    *arrays, spec = load_arrays(args.dataset, Path(args.data_dir))
+    train, test = (Split(enlarged(images, SMALLEST), labels, spec) for images, labels in arrays)
     classes, valid = int(train.labels.max()) + 1, None
     if args.valid_samples:
         _check_count("--valid_samples", args.valid_samples, len(train) - 1)

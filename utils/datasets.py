@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +16,20 @@ from tqdm import tqdm
 from .augment import Recipe
 from .files import InputError, read_tensors, write_tensors
 
+DEFAULT_DIR = "dataset/"
 Arrays = tuple[Tensor, Tensor]  # images uint8 [N,C,H,W], labels int64 [N]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What the paper's code fixes for a data set: statistics per channel, augmentation, and the number of epochs."""
+    """A data set's statistics per channel (of values 0 to 1) and augmentation; of those that the paper's code knows,
+    also the usual number of epochs, and the number of classes."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     recipe: Recipe
-    epochs: int
+    epochs: int | None = None
+    classes: int | None = None
 
     @property
     def channels(self) -> int:
@@ -35,34 +39,39 @@ class Spec:
 _CIFAR = Recipe(padding=4, flip=True, cutout=16)
 _HALF = ((0.5,) * 3, (0.5,) * 3)
 DATASETS = {
-    "cifar10": Spec((0.4913, 0.4821, 0.4465), (0.2023, 0.1994, 0.2010), _CIFAR, 300),
-    "cifar100": Spec((0.5071, 0.4867, 0.4408), (0.2673, 0.2564, 0.2762), _CIFAR, 300),
-    "svhn": Spec(*_HALF, Recipe(padding=4), 150),
-    "fmnist": Spec((0.5,), (0.5,), Recipe(padding=4, flip=True), 150),
-    "tinyimagenet": Spec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), Recipe(padding=8, flip=True), 300),
-    "digits": Spec((0.5,), (0.5,), Recipe(padding=4), 60),
-    "synthetic": Spec(*_HALF, Recipe(padding=4), 60),
+    "cifar10": Spec((0.4913, 0.4821, 0.4465), (0.2023, 0.1994, 0.2010), _CIFAR, 300, 10),
+    "cifar100": Spec((0.5071, 0.4867, 0.4408), (0.2673, 0.2564, 0.2762), _CIFAR, 300, 100),
+    "svhn": Spec(*_HALF, Recipe(padding=4), 150, 10),
+    "fmnist": Spec((0.5,), (0.5,), Recipe(padding=4, flip=True), 150, 10),
+    "tinyimagenet": Spec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), Recipe(padding=8, flip=True), 300, 200),
+    "digits": Spec((0.5,), (0.5,), Recipe(padding=4), 60, 10),
+    "synthetic": Spec(*_HALF, Recipe(padding=4), 60, 10),
 }
+_OWN = Recipe(padding=4, flip=True)  # of any other tree of images
 _VAL_LABELS = "val_annotations.txt"  # the official Tiny ImageNet's: file name, class, box
 
 
-def load_arrays(dataset: str, data_dir: Path) -> tuple[Arrays, Arrays]:
-    """Load the training and test split of one of ``DATASETS``. A tree ``data_dir/<dataset>/{train,test}/<class>/*``
-    goes before torchvision's files in ``data_dir/<dataset>``, and these before a download.
+def load_arrays(dataset: str, data_dir: Path) -> tuple[Arrays, Arrays, Spec]:
+    """Load the training and test split of a data set. A tree ``data_dir/<dataset>/{train,test}/<class>/*`` goes before
+    torchvision's files in ``data_dir/<dataset>``, and these before a download. A tree that is none of ``DATASETS`` is
+    normalised by the mean and deviation of its training images.
 
     Returns:
-        Two pairs of images, uint8 [N,C,H,W] in their own size, and labels, int64 [N].
+        Two pairs of images, uint8 [N,C,H,W] in their own size, and labels, int64 [N]; and what is fixed for them.
 
     Raises:
-        InputError: the data is missing or damaged; the message names the place.
+        InputError: the data is missing, damaged, or has not the classes of the set that it is named after; the message
+            names the place.
     """
     if dataset == "digits":
-        return _digits()
+        return *_digits(), DATASETS[dataset]
     if dataset == "synthetic":
-        return _synthetic()
+        return *_synthetic(), DATASETS[dataset]
     if tree := _find_tree(data_dir, dataset):
-        return _image_folder(*tree, DATASETS[dataset].channels)
-    return _torchvision(dataset, data_dir / dataset)
+        return _image_folder(*tree, DATASETS.get(dataset))
+    if dataset not in DATASETS:
+        raise InputError(f"{data_dir / dataset} has no train and test folder")
+    return *_torchvision(dataset, data_dir / dataset), DATASETS[dataset]
 
 
 # --- data sets that need no download ---------------------------------------------------------------------------------
@@ -115,6 +124,10 @@ def _torchvision(dataset: str, root: Path) -> tuple[Arrays, Arrays]:
     if dataset not in classes:
         own = f", or unpack tiny-imagenet-200.zip in {root.parent}" if dataset == "tinyimagenet" else ""
         raise InputError(f"{root} has no train and test folder, and {dataset} is not downloaded: {place}{own}")
+    if not root.parent.is_dir() and root.parent != Path(DEFAULT_DIR):
+        raise InputError(
+            f"there is no folder {root.parent}: {place}, or make the folder, and {dataset} is downloaded into it"
+        )
     kind = getattr(_torchvision_datasets(), classes[dataset])
     train, test = ({"split": name} if dataset == "svhn" else {"train": name == "train"} for name in ("train", "test"))
     try:
@@ -130,6 +143,7 @@ def _downloaded(kind, root: Path, split: dict):
     try:
         return kind(root, **split, download=False)
     except RuntimeError:  # torchvision's way to say that the files are not there or not whole
+        print(f"{root} holds neither train and test folders nor torchvision's files: {kind.__name__} is downloaded")
         return kind(root, **split, download=True)
 
 
@@ -163,18 +177,56 @@ def _find_tree(data_dir: Path, dataset: str) -> tuple[Path, Path] | None:
     return None
 
 
-def _image_folder(train: Path, test: Path, channels: int) -> tuple[Arrays, Arrays]:
-    train_images, train_labels, classes = _cached(train, channels)
-    test_images, test_labels, test_classes = _cached(test, channels)
-    if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
+class _Folder(NamedTuple):
+    """A training or test folder; mean and std are those of its images, per channel."""
+
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+
+
+def _image_folder(train: Path, test: Path, spec: Spec | None) -> tuple[Arrays, Arrays, Spec]:
+    channels = spec.channels if spec else _channels(train)
+    one, other = _cached(train, channels), _cached(test, channels)
+    if one.classes != other.classes:
+        odd = sorted(set(one.classes) ^ set(other.classes))
         raise InputError(f"{train} and {test} must have the same classes; only one of them has {', '.join(odd[:5])}")
-    if train_images.shape[1:] != test_images.shape[1:]:
+    if spec and len(one.classes) != spec.classes:
+        name = train.parent.name
+        raise InputError(
+            f"{train} has {len(one.classes)} classes, {name} has {spec.classes}: give the tree another name"
+        )
+    if one.images.shape[1:] != other.images.shape[1:]:
         raise InputError(f"the images of {train} and {test} differ in size")
-    return (train_images, train_labels), (test_images, test_labels)
+    spec = spec or Spec(tuple(one.mean), tuple(one.std), _OWN)
+    return (one.images, one.labels), (other.images, other.labels), spec
 
 
-def _cached(folder: Path, channels: int) -> tuple[Tensor, Tensor, list[str]]:
+def _channels(folder: Path) -> int:
+    """1 if the first image of a folder is grey, 3 if it has colours."""
+    from PIL import Image
+
+    path = _list_images(folder)[0][0][0]
+    try:
+        with Image.open(path) as image:
+            return 1 if image.mode in ("1", "L", "LA", "I;16") else 3
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be decoded as an image ({error}): replace or remove it") from error
+
+
+def _statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel of images uint8 [N,C,H,W], as values 0 to 1; counted, so exact on every CPU."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(images.shape[1])]).double()
+    shares /= shares.sum(1, keepdim=True)  # [C,256]
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
+    return mean.tolist(), std.clamp(min=1 / 255).tolist()  # of one grey value
+
+
+def _cached(folder: Path, channels: int) -> _Folder:
     """A folder's images, labels and class names, from the cache next to it if the folder has not changed since."""
     cache = folder.with_name(f"{folder.name}.cache.safetensors")
     fingerprint = _fingerprint(folder, channels)
@@ -182,18 +234,20 @@ def _cached(folder: Path, channels: int) -> tuple[Tensor, Tensor, list[str]]:
         try:
             tensors, metadata = read_tensors(cache)
             if metadata["fingerprint"] == fingerprint:
-                return tensors["images"], tensors["labels"], metadata["classes"]
+                return _Folder(**tensors, **{name: metadata[name] for name in ("classes", "mean", "std")})
         except (InputError, KeyError):
             pass  # a cache that cannot be read is no loss
     samples, classes = _list_images(folder)
     images, labels = _decode(samples, channels)
     if _fingerprint(folder, channels) != fingerprint:
         raise InputError(f"the files of {folder} changed while they were read: run the command again once they rest")
+    found = _Folder(images, labels, classes, *_statistics(images))
     try:
-        write_tensors(cache, {"images": images, "labels": labels}, {"fingerprint": fingerprint, "classes": classes})
+        metadata = {"fingerprint": fingerprint, "classes": classes, "mean": found.mean, "std": found.std}
+        write_tensors(cache, {"images": images, "labels": labels}, metadata)
     except OSError as error:
         print(f"note: {folder} is decoded again next time, its cache cannot be written ({error})")
-    return images, labels, classes
+    return found
 
 
 def _fingerprint(folder: Path, channels: int) -> str:

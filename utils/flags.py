@@ -6,13 +6,14 @@ import difflib
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from models import ARCHITECTURES, BATCH_NORMS, NEURONS
 
-from .datasets import DATASETS
+from .datasets import DATASETS, DEFAULT_DIR
 
 
 def between(low=-math.inf, high=math.inf, kind=float, open_low=False, open_high=False) -> Callable[[str], float]:
@@ -43,6 +44,17 @@ count = between(1, 1000, kind=int)
 positive = between(0, open_low=True)
 not_negative = between(0)
 percent = between(0, 100, open_low=True, open_high=True)
+
+
+SYNONYMS = {  # what others call a flag
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs", "n_epochs"), "end_iter"),
+    **dict.fromkeys(("data", "data_path", "dataset_dir", "root"), "data_dir"),
+    **dict.fromkeys(("model", "network", "net"), "arch"),
+    **dict.fromkeys(("T", "timesteps", "time_steps", "num_steps"), "timestep"),
+    **dict.fromkeys(("gpu", "cuda", "cpu"), "device"),
+    **dict.fromkeys(("out", "save_dir", "output", "log_dir"), "output_dir"),
+    **dict.fromkeys(("resume", "overwrite"), "restart"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,10 +110,10 @@ class Parser(argparse.ArgumentParser):
         """Refuse a value that is not less than another flag's."""
         value, limit = getattr(flags, field), getattr(flags, other)
         if value >= limit:
-            ours, theirs = (
-                f"--{n} {v}{' (default)' * (f'--{n}' not in self.given)}" for n, v in ((field, value), (other, limit))
-            )
-            self.error(f"argument --{field}: must be less than --{other}, got {ours} and {theirs}")
+            if f"--{other}" in self.given and f"--{field}" not in self.given:
+                self.error(f"argument --{other}: must be more than --{field}, which is {value} by default; got {limit}")
+            default = "" if f"--{other}" in self.given else " by default"
+            self.error(f"argument --{field}: must be less than --{other}, which is {limit}{default}; got {value}")
 
     def only_with(self, flag: str, other: str, value: str) -> None:
         """Refuse a flag where another one has not this value: nothing is ignored in silence."""
@@ -123,7 +135,11 @@ class Parser(argparse.ArgumentParser):
             initials = [
                 action.dest for action in self._actions if wanted == "".join(w[0] for w in action.dest.split("_"))
             ]
-            similar = initials or difflib.get_close_matches(wanted, [action.dest for action in self._actions], 1)
+            similar = (
+                [SYNONYMS[wanted]]
+                if wanted in SYNONYMS
+                else initials or difflib.get_close_matches(wanted, [action.dest for action in self._actions], 1)
+            )
             self.error(f"unrecognized argument {word}" + "".join(f", did you mean --{name}?" for name in similar[:1]))
         for field, compute in self._computed.items():
             if getattr(flags, field) is None:
@@ -136,8 +152,10 @@ class Parser(argparse.ArgumentParser):
 def shared_flags(parser: Parser) -> None:
     """The flags of all scripts."""
     flag = parser.section("data")
-    flag("--dataset", DATASETS, "cifar10", None, "data set")
-    flag("--data_dir", str, "dataset/", "DIR", "folder that holds or receives the data sets")
+    text = "data set, or the name of a tree DATA_DIR/NAME/{train,test}/<class>/* of your own"
+    flag("--dataset", str, "cifar10", f"{{{','.join(DATASETS)},NAME}}", text)
+    flag("--data_dir", str, DEFAULT_DIR, "DIR", "folder that holds or receives the data sets")
+    parser.check(partial(_check_dataset, parser))
     flag("--train_samples", positive_int, None, "N", "train on a fixed, class-balanced part of so many", shown="all")
     flag("--test_samples", positive_int, None, "N", "test on a fixed, class-balanced part of so many", shown="all")
 
@@ -161,9 +179,8 @@ def shared_flags(parser: Parser) -> None:
     flag("--learning_rate", positive, 0.3, "RATE", "learning rate of epoch 0")
     flag("--momentum", between(0, 1, open_high=True), 0.9, "M", "momentum of sgd")
     flag("--weight_decay", not_negative, 5e-4, "W", "L2 penalty on all parameters", "--weight-decay")
-    flag(
-        "--end_iter", positive_int, lambda f: DATASETS[f.dataset].epochs, "EPOCHS", "epochs of a training", shown=epochs
-    )
+    usual = partial(_usual_epochs, parser)
+    flag("--end_iter", positive_int, usual, "EPOCHS", "epochs of a training", shown=epochs)
     flag("--valid_freq", positive_int, 50, "EPOCHS", "test every so many epochs, and after the last")
     parser.only_with("--momentum", "--optimizer", "sgd")
 
@@ -171,7 +188,7 @@ def shared_flags(parser: Parser) -> None:
     flag("--seed", whole, 1234, "N", "fixes all that is random, together with --round")
     flag("--round", positive_int, 1, "N", "repetition, for mean and deviation")
     flag("--device", str, "auto", "NAME", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
-    parser.check(lambda flags: _choose_device(parser, flags))
+    parser.check(partial(_choose_device, parser))
     flag("--precision", ("fp32", "bf16"), None, None, "of the forward pass", shown="bf16 on CUDA, fp32 on the CPU")
     flag("--compile", bool, False, None, "fuse what lies between convolutions with torch.compile")
     flag("--channels_last", bool, False, None, "train with channels innermost in memory")
@@ -214,6 +231,29 @@ def get_args(script: str, label: str, description: str | None, argv: list[str] |
     if args.exp_name in ("", ".", "..") or Path(args.exp_name).name != args.exp_name:
         parser.error(f"argument --exp_name: must be a name without a path, got {args.exp_name!r}")
     return args
+
+
+def _usual_epochs(parser: Parser, flags: argparse.Namespace) -> int | None:
+    _check_dataset(parser, flags)
+    return DATASETS[flags.dataset].epochs
+
+
+def _check_dataset(parser: Parser, flags: argparse.Namespace) -> None:
+    name = flags.dataset
+    if name in DATASETS:
+        return
+    tree = Path(flags.data_dir) / name
+    if Path(name).name != name or not tree.is_dir():
+        similar = difflib.get_close_matches(name, DATASETS, 1)
+        hint = f"did you mean {similar[0]}? " if similar else ""
+        parser.error(
+            f"argument --dataset: {hint}choose from {', '.join(DATASETS)}, or name a tree of your own: there is no "
+            f"folder {tree}"
+        )
+    if flags.end_iter is None:
+        parser.error(
+            f"argument --end_iter: is needed with --dataset {name}: only the paper's data sets have a usual one"
+        )
 
 
 def _choose_device(parser: Parser, flags: argparse.Namespace) -> None:
