@@ -15,7 +15,19 @@ from typing import NamedTuple
 import pandas as pd
 
 from .runs import NUMBERS, SEARCHED, SECONDS, Run
-from .settings import BASES, CONTROLS, METHODS, SIZE, key_of, names_of, settings_of, spoken, usual_settings
+from .settings import (
+    BASES,
+    CONTROLS,
+    METHODS,
+    REACHED,
+    SIZE,
+    key_of,
+    names_of,
+    settings_of,
+    size_of,
+    spoken,
+    usual_settings,
+)
 
 OTHERS = ("ticket", "level", "round", "folder", "column", "timing", "layers", "firing_rates", "settled", "epochs")
 SAME = 0.01  # two densities that differ by less than this share are one sparsity: whole weights are pruned
@@ -49,6 +61,11 @@ class Cell:
         return Counter(
             name for rates in self.rows["firing_rates"].dropna() for name, rate in rates.items() if rate == 0
         )
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the search was the training: nothing is left to train."""
+        return bool(((self.rows["train_seconds"] == 0) & (self.rows["search_timestep_epochs"] > 0)).all())
 
     def spread(self, field: str) -> Spread | None:
         """A field over the rounds; no time if the rounds ran on different machines."""
@@ -107,7 +124,7 @@ class Section:
 
     @property
     def title(self) -> str:
-        more = [spoken(name, self.size[name]) for name in SIZE[2:] if self.size[name] not in (None, 1.0)]
+        more = [spoken(name, self.size[name]) for name in SIZE[2:] if self.size[name] not in (None, 1.0, 0)]
         return ", ".join([self.size["dataset"], self.size["arch"], *more])
 
     @property
@@ -129,8 +146,8 @@ class Section:
 def sections_of(runs: list[Run]) -> list[Section]:
     """Sort runs into experiments, and experiments into sections by size."""
     by_size: dict[str, list[Run]] = {}
-    for run in runs:
-        by_size.setdefault(key_of({name: run.args.get(name) for name in SIZE}), []).append(run)
+    for part in (part for run in runs for part in run.by_method()):
+        by_size.setdefault(key_of(size_of(part.args)), []).append(part)
     sections = [Section(json.loads(size), _experiments(of_size)) for size, of_size in by_size.items()]
     return sorted(sections, key=lambda section: section.title)
 
@@ -138,7 +155,7 @@ def sections_of(runs: list[Run]) -> list[Section]:
 def _experiments(runs: list[Run]) -> list[Experiment]:
     settings = settings_of(runs)
     usual = usual_settings(settings)
-    columns = _columns(row["sparsity"] for run in runs for row in run.results)
+    columns = _columns(row["sparsity"] for run in runs for row in run.results if run.args["method"] not in REACHED)
     groups: dict[str, list[Run]] = {}
     for run, of_run in zip(runs, settings, strict=True):
         groups.setdefault(key_of([*names_of(run.args), run.args["method"], of_run]), []).append(run)
@@ -169,20 +186,28 @@ def _columns(sparsities) -> list[float]:
     return [mode(round(value, 2) for value in group) for group in groups]
 
 
+def _column(sparsity: float, columns: list[float], reached: bool) -> float:
+    """The column that a sparsity is listed under; one that was only reached may have none but its own."""
+    nearest = min(columns, key=lambda column: abs(column - sparsity), default=sparsity)
+    return round(sparsity, 2) if reached and not same_sparsity(nearest, sparsity) else nearest
+
+
 def same_sparsity(one: float, other: float) -> bool:
     """Whether two sparsities in % are one but for whole weights."""
     return abs(one - other) <= SAME * max(100 - one, 100 - other) + 1e-9
 
 
 def _tickets(runs: list[Run], columns: list[float]) -> pd.DataFrame:
-    """Tickets by sparsity, each with its epochs; the first counts where several runs report a ticket of a round."""
+    """Tickets by sparsity, each with its epochs; the first counts where several runs report a ticket of a round.
+
+    Where a training only reached its sparsity, rounds of one ticket are listed under their mean.
+    """
     rows = [
         {
             **row,
             "round": run.args["round"],
             "folder": run.folder,
             "timing": run.timing,
-            "column": min(columns, key=lambda column: abs(column - row["sparsity"])),
             "layers": row.get("layers") or None,
             "firing_rates": row.get("firing_rates") or None,
             "epochs": run.epochs(row["level"]),
@@ -191,7 +216,10 @@ def _tickets(runs: list[Run], columns: list[float]) -> pd.DataFrame:
         for run in runs
         for row in run.results
     ]
-    frame = pd.DataFrame(rows, columns=[*NUMBERS, *OTHERS]).astype(dict.fromkeys(NUMBERS, float) | {"column": float})
+    frame = pd.DataFrame(rows, columns=[*NUMBERS, *OTHERS]).astype(dict.fromkeys(NUMBERS, float))
+    reached = runs[0].args["method"] in REACHED
+    listed = frame.groupby("ticket")["sparsity"].transform("mean") if reached else frame["sparsity"]
+    frame["column"] = listed.map(lambda sparsity: _column(sparsity, columns, reached)).astype(float)
     once = frame.drop_duplicates(["column", "ticket", "round"])
     counted = once.sort_values(["column", "ticket"], kind="stable", ignore_index=True)
     machines = counted.groupby(["column", "ticket"])["timing"].transform("nunique")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from utils.files import InputError, read_json
@@ -18,8 +18,9 @@ ARGS_REQUIRED = {
     "circumstances": dict,
 }
 ARGS_OPTIONAL = {
-    **dict.fromkeys(("train_samples", "test_samples", "search_timestep", "rewinding_epoch"), int),
-    **dict.fromkeys(("eb_tolerance", "early_time_threshold"), NUMBER),
+    **dict.fromkeys(("train_samples", "test_samples", "valid_samples", "search_timestep", "rewinding_epoch"), int),
+    **dict.fromkeys(("eb_tolerance", "early_time_threshold", "cycle_epochs"), NUMBER),
+    "early_time": bool,
     "ticket_origin": dict,
 }
 EPOCH_REQUIRED = {
@@ -30,7 +31,7 @@ EPOCH_REQUIRED = {
     "seconds": NUMBER,
     "test_accuracy": (*NUMBER, NONE),
 }
-EPOCH_OPTIONAL = {"loss": NUMBER, "divergences": list, "early_time": int}
+EPOCH_OPTIONAL = {"loss": NUMBER, "valid_accuracy": NUMBER, "divergences": list, "early_time": int}
 COSTS = {
     "spikes_per_image": "spikes per image",
     "synops_per_image": "synaptic operations per image",
@@ -43,7 +44,7 @@ COSTS = {
 SECONDS = ("search_seconds", "train_seconds")
 SEARCHED = ("search_timesteps", "search_seconds", "search_epochs", "search_timestep_epochs")
 ALWAYS = ("sparsity", "sparsity_all_parameters", "test_accuracy", "best_test_accuracy", *SEARCHED[1:])
-NUMBERS = (*ALWAYS, "search_timesteps", "train_seconds", *COSTS)
+NUMBERS = (*ALWAYS, "valid_accuracy", "search_timesteps", "train_seconds", *COSTS)
 RESULT_REQUIRED = {
     "ticket": str,
     "level": (int, NONE),
@@ -52,8 +53,9 @@ RESULT_REQUIRED = {
 }
 RESULT_OPTIONAL = {
     "settled": bool,
+    **dict.fromkeys(("method", "label"), str),
     **dict.fromkeys(("layers", "firing_rates"), dict),
-    **dict.fromkeys(("train_seconds", *COSTS), NUMBER),
+    **dict.fromkeys(("valid_accuracy", "train_seconds", *COSTS), NUMBER),
 }
 
 
@@ -78,6 +80,23 @@ class Run:
     def circumstances(self) -> list[dict]:
         """Those that the run was begun in, and others that it was resumed in."""
         return [self.args["circumstances"], *self.args.get("resumed_with", [])]
+
+    def by_method(self) -> list["Run"]:
+        """This run once for each method that its rows name, with that method's rows and epochs alone.
+
+        Gradual pruning leaves a ticket and the network that it trained in place, whose row has a name of its own.
+        """
+        own = (self.args["method"], self.args["label"])
+        results: dict[tuple, list[dict]] = {own: []}
+        for row in self.results:
+            results.setdefault((row.get("method") or own[0], row.get("label") or own[1]), []).append(row)
+        runs = []
+        for names, of_method in results.items():
+            others = "in_place" if names == own else "train"
+            epochs = [row for row in self.rows if row["phase"] != others]
+            args = self.args | dict(zip(("method", "label"), names, strict=True))
+            runs.append(replace(self, args=args, rows=epochs, results=of_method))
+        return runs
 
     def epochs(self, level: int | None) -> list[dict]:
         """Epochs of a level's ticket: of its training at T, or of the search where there is no other."""

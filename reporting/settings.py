@@ -10,30 +10,48 @@ from .runs import Run
 METHODS = {
     "IMP": ("#0B4F8A", "o", "-"),
     "IMP + ET": ("#E07B00", "s", "--"),
+    "short cycles": ("#D6336C", "p", "-"),
+    "short cycles + ET": ("#F08CAE", (4, 1, 0), "--"),
     "EB": ("#000000", "^", "-."),
     "EB + ET": ("#4FA8DC", "D", ":"),
+    "gradual": ("#6741B5", "*", "-"),
+    "gradual + ET": ("#A98BE0", "d", "-"),
+    "gradual in place": ("#6741B5", "*", ":"),
+    "gradual in place + ET": ("#A98BE0", "d", ":"),
+    "ADMM": ("#1E5631", ">", "-"),
     "magnitude": ("#8E1B63", "v", "-"),
     "SNIP": ("#5BA845", "P", "--"),
     "ERK": ("#C0392B", "h", "-."),
     "random": ("#7A6A58", "X", ":"),
     "RigL": ("#1B7F79", "<", "-"),
     "SET": ("#A67C00", ">", "--"),
+    "Deep R": ("#556B00", "v", "-."),
+    "Deep R from dense": ("#9AAE3C", "^", ":"),
+    "Grad R": ("#A0522D", "D", "--"),
 }
-BASES = {"earlyT_laterewindlth": "laterewindlth", "earlyT_earlybird": "earlybird"}  # Early-Time's methods without it
+# Early-Time's methods without it; what was trained in place is compared with what was trained in place
+BASES = {
+    f"earlyT_{method}": method for method in ("laterewindlth", "earlybird", "shortcycle", "gradual", "gradual-in_place")
+}
+REACHED = ("gradrewiring", "deeprewiring-dense")  # methods whose sparsity is what their training reached
 CONTROLS = (" shuffle", " reinit")  # ends of a label
-SIZE = ("dataset", "arch", "width", "train_samples", "test_samples", "end_iter")  # runs of one size share a section
+# runs of one size share a section
+SIZE = ("dataset", "arch", "width", "train_samples", "valid_samples", "test_samples", "end_iter")
 NO_SETTING = {  # what makes no other experiment of a run
     *SIZE,
     *("round", "output_dir", "exp_name", "data_dir", "device", "tensorboard", "checkpoint_minutes"),  # place
     *("effective_seed", "circumstances", "resumed_with", "channels_last", "cuda_graph"),
     *("sparsity", "sparsity_round", "prune_iterations", "evaluate_levels"),  # how sparse
     *("method", "label", "script", "control", "ticket", "ticket_origin", "ticket_checksum"),  # part of the label
+    *("early_time", "grow", "from_dense"),  # part of the label, too
 }
+OF_EARLY_TIME = {"early_time_epoch", "early_time_threshold", "early_time_samples", "divergence"}
 # section 4.1 of the paper; epochs are those of its four data sets
 PAPER_EPOCHS = {"svhn": 150, "fmnist": 150, "cifar10": 300, "cifar100": 300}
 PAPER_SETTING = {
     "width": 1.0,
     "train_samples": None,
+    "valid_samples": 0,
     "test_samples": None,
     "neuron": "lif",
     "tau": 4 / 3,
@@ -69,9 +87,26 @@ SPOKEN = {
     "data_checksum": "images",
     "end_iter": "epochs",
     "train_samples": "training images",
+    "valid_samples": "held-out images",
     "test_samples": "test images",
+    "cycle_epochs": "epochs per cycle",
+    "dense_epochs": "dense epochs",
+    "prune_until": "pruned until epoch",
+    "regrow": "regrown share",
+    "admm_epochs": "ADMM epochs",
+    "trial_epochs": "epochs per trial",
+    "l1": "L1 penalty",
+    "distribution": "densities",
+    "update_every": "steps between updates",
+    "update_until": "updated until share",
 }
 VALUE_ALONE = ("pruning_scope", "eb_distance", "optimizer", "scheduler", "precision")
+
+
+def size_of(args: dict) -> dict:
+    """The flags that a run's section is for. Images are held out of what is trained on, if that is not a number."""
+    held = 0 if args.get("train_samples") is not None else args.get("valid_samples") or 0
+    return {name: args.get(name) for name in SIZE} | {"valid_samples": held}
 
 
 def settings_of(runs: list[Run]) -> list[dict]:
@@ -84,6 +119,8 @@ def settings_of(runs: list[Run]) -> list[dict]:
     for args in (run.args for run in runs):
         ignored = {"timestep"} if args["neuron"] == "relu" else set()  # time does not change an ANN
         ignored |= set() if "rewinding_epoch" in args else {"prune_percent"}  # it only says how sparse the ticket is
+        ignored |= OF_EARLY_TIME if args.get("early_time") is False else set()
+        ignored |= {"noise", "pruning_scope"} if args.get("from_dense") else set()  # they follow from it
         settings = {flag: args.get(flag) for flag in sorted(known[args["method"]] - ignored)}
         if settings.get("search_timestep") == args["timestep"]:
             settings["search_timestep"] = None
@@ -97,7 +134,7 @@ def settings_of(runs: list[Run]) -> list[dict]:
 
 def usual_settings(settings: list[dict]) -> dict:
     """For each flag the value that goes without saying: the paper's if a run has it, or the most common."""
-    usual = {"search_timestep": None, "other ticket": None}
+    usual = {"search_timestep": None, "penalty": None, "other ticket": None}
     for flag in {flag for of_run in settings for flag in of_run} - {"neuron", *usual}:  # the name says ANN
         values = Counter(key_of(of_run[flag]) for of_run in settings if flag in of_run)
         paper = key_of(PAPER_SETTING.get(flag))
