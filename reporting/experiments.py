@@ -229,6 +229,18 @@ def _tickets(runs: list[Run], columns: list[float]) -> pd.DataFrame:
     return counted
 
 
+def against_dense(cell: Cell, dense: Cell) -> tuple[Spread, Spread] | None:
+    """A ticket against the dense network, over the rounds that both have.
+
+    Returns:
+        Accuracy of the dense network in these rounds, in %, and the difference to the dense network of the same round,
+        in percent points; None if no round has both.
+    """
+    pairs = cell.rows.merge(dense.rows, on="round", suffixes=("", "_dense"))
+    baseline = spread(pairs["test_accuracy_dense"])
+    return baseline and (baseline, spread(pairs["test_accuracy"] - pairs["test_accuracy_dense"]))
+
+
 def base_of(experiment: Experiment, section: Section) -> Experiment | None:
     """The experiment without Early-Time that an ET experiment is to be compared with: the same settings otherwise."""
     mine, method = experiment.settings, BASES.get(experiment.args["method"])

@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils.files import InputError, write_bytes, write_text
 
+from .comparison import paper_table_2, table_2
 from .experiments import sections_of
 from .figures import draw_all
 from .remarks import remarks
@@ -29,7 +30,7 @@ def write_report(root: Path, out: Path) -> None:
         raise InputError(
             f"{root} holds no run that can be read: name the folder that the scripts wrote to (--output_dir)"
         )
-    sections, paper = sections_of(runs), paper_table()
+    sections, paper, paper_2 = sections_of(runs), paper_table(), paper_table_2()
     plots = draw_all(sections)
     views = [
         {
@@ -38,7 +39,11 @@ def write_report(root: Path, out: Path) -> None:
             "count": len(section.experiments),
             "remarks": remarks(section),
             "overview": overview(section),
-            "tables": [table for table in (table_1(section, paper), cost_table(section)) if table.rows],
+            "tables": [
+                table
+                for table in (table_1(section, paper), table_2(section, paper_2), cost_table(section))
+                if table.rows
+            ],
             "tickets": every_ticket(section),
             "plots": plots[section.slug],
         }

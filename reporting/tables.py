@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .experiments import Cell, Experiment, Section, Spread, base_of, same_sparsity, spread
+from .experiments import Cell, Experiment, Section, Spread, against_dense, base_of, same_sparsity, spread
 from .runs import COSTS, NUMBERS
 from .settings import PAPER_SETTING, SIZE
 from .text import Table, accuracy_of, duration, marks, measured, number, percent, search_of, significant, whole, with_n
@@ -15,7 +15,7 @@ PAPER_SPARSITIES = [100 * (1 - 0.75**prunings) for prunings in (4, 8, 11, 14)]
 GAINS = ("delta_accuracy", "speed_gain", "cost_gain")
 CSV_FIELDS = [
     *(*SIZE, "experiment", "method", "ticket", "level", "column", "n", "rounds"),
-    *(f"{name}_{what}" for name in (*NUMBERS, *GAINS) for what in ("mean", "std", "n")),
+    *(f"{name}_{what}" for name in (*NUMBERS, *GAINS, "against_dense") for what in ("mean", "std", "n")),
     *(f"paper_{name}" for name in ("accuracy", "hours", "delta_accuracy", "speed_gain")),
 ]
 
@@ -110,7 +110,8 @@ def table_1(section: Section, paper: list[dict]) -> Table:
         "Accuracy in % after the last epoch, mean ± sample standard deviation over rounds. Search: training time spent "
         "to find the ticket, its own training excluded, and the same in epochs x timesteps. Sparsity is of the "
         "prunable weights. What ET changes is the mean of the differences and ratios of the rounds that both have, of "
-        "times only where both ran on the same machine in the same way. Paper: Table 1, search on an RTX 2080 Ti. More "
+        "times only where both ran on the same machine in the same way. The search of what is trained in place is its "
+        "whole training. Paper: Table 1, search on an RTX 2080 Ti. More "
         "experiments and sparsities: in the list of every ticket and in tables.csv.",
         *marks([cell for e in experiments for column in columns for cell in e.at(column)]),
         *of_paper,
@@ -188,12 +189,18 @@ def every_ticket(section: Section) -> Table:
             "search T": whole(cell.spread("search_timesteps")),
             "search": search_of(cell),
             "epochs": whole(cell.spread("search_epochs")),
-            "own training": duration(cell.spread("train_seconds")) if cell.rows["train_seconds"].notna().any() else "",
+            "own training": _own_training(cell),
         }
         for e in section.experiments
         for cell in e.cells
     ]
     return Table("Every ticket", rows, marks([cell for e in section.experiments for cell in e.cells]))
+
+
+def _own_training(cell: Cell) -> str:
+    if cell.in_place:
+        return "none, in place"
+    return duration(cell.spread("train_seconds")) if cell.rows["train_seconds"].notna().any() else ""
 
 
 def tables_csv(sections: list[Section], paper: list[dict]) -> str:
@@ -204,6 +211,9 @@ def tables_csv(sections: list[Section], paper: list[dict]) -> str:
 
 def _csv_row(section: Section, experiment: Experiment, cell: Cell, paper: list[dict]) -> dict:
     values = {name: cell.spread(name) for name in NUMBERS} | gains(experiment, section).get(cell.column, {})
+    dense = section.dense(experiment.ann)
+    if pair := dense and cell.column and against_dense(cell, dense[1]):
+        values["against_dense"] = pair[1]
     spreads = {name: value._asdict() for name, value in values.items() if value}
     return {
         **section.size,
