@@ -11,6 +11,14 @@ CAPTIONS = {
         "Methods that train nothing to find it are not shown, nor times of rounds that ran on different machines "
         "(paper: Fig. 1).",
     ),
+    "accuracy-search-cost": (
+        "Accuracy against search cost",
+        "Accuracy of the last epoch over what the search for a ticket trains: epochs x timesteps of all that comes "
+        "before the ticket's own training; passes that train nothing do not count. Filled: the ticket is trained at "
+        "T after the search. Hollow: trained in place, the search is the whole training and nothing is left to "
+        "train. Grey band: nothing is trained to find the ticket. A line joins one method with cycles of several "
+        "lengths. Where marks would hide each other they are moved aside a little.",
+    ),
     "accuracy-rewind": (
         "Accuracy against rewind epoch",
         "Accuracy over the epoch that a ticket's weights are from, a line per sparsity (paper: Fig. 7a).",

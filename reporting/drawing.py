@@ -1,7 +1,8 @@
 """How a figure looks: lines with their spread in panels below each other, at the width of a column of text."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from textwrap import fill
 from typing import NamedTuple
@@ -59,7 +60,15 @@ def points_of(frame: pd.DataFrame, by: str | list[str], field: str) -> pd.DataFr
     return frame.dropna(subset=[field]).groupby(by)[field].agg(mean="mean", std="std", n="count")
 
 
-def plot(section: Section | None, name: str, panels: list[Panel], xlabel: str, more="", **options) -> Plot | None:
+def plot(
+    section: Section | None,
+    name: str,
+    panels: list[Panel],
+    xlabel: str,
+    more: str = "",
+    drawing: Callable[..., Figure] | None = None,
+    **options,
+) -> Plot | None:
     """A figure of the panels that have points, if there are any.
 
     Args:
@@ -68,6 +77,7 @@ def plot(section: Section | None, name: str, panels: list[Panel], xlabel: str, m
         panels: what to draw; lines without points are left out.
         xlabel: see ``draw``, and for the options.
         more: what the caption says besides.
+        drawing: draws it; ``draw`` if None.
     """
     found = [{label: points for label, points in panel.lines.items() if len(points)} for panel in panels]
     panels = [panel._replace(lines=lines) for panel, lines in zip(panels, found, strict=True) if lines]
@@ -79,7 +89,7 @@ def plot(section: Section | None, name: str, panels: list[Panel], xlabel: str, m
     caption += f"{more} n = {low}" + (f" to {high}" if low < high else "")
     caption += "; bars and bands: one sample standard deviation." if high > 1 else "."
     svg, png = io.BytesIO(), io.BytesIO()
-    figure = draw(panels, xlabel, **options)
+    figure = (drawing or draw)(panels, xlabel, **options)
     figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     figure.savefig(png, format="png", dpi=300, metadata={"Software": None})  # the same bytes each time
     if section:
@@ -101,24 +111,37 @@ def draw(
     """
     figure = Figure(layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    positions = sorted({x for panel in panels for points in panel.lines.values() for x in points.index})
+    counts = Counter(x for panel in panels for points in panel.lines.values() for x in points.index)
+    positions = sorted(counts)
     for axis, panel in zip(axes, panels, strict=True):
         if xlabel == SPARSITY:
-            _sparsity_axis(axis, positions)
+            _sparsity_axis(axis, counts)
         elif all(x == int(x) for x in positions):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
         for index, (name, accuracy) in enumerate(dense):
             axis.axhline(accuracy, color="#777777", linewidth=0.8, linestyle=(0, (1 + 4 * index, 2)), label=name)
+        apart = min(1, 8 / len(panel.lines))  # many lines are less apart
         for index, (label, points) in enumerate(panel.lines.items()):
-            _line(
-                axis, label, points, (styles or {}).get(label, CYCLE[index]), index - (len(panel.lines) - 1) / 2, bands
-            )
+            style = (styles or {}).get(label, CYCLE[index])
+            _line(axis, label, points, style, apart * (index - (len(panel.lines) - 1) / 2), bands)
         _y_axis(axis, panel)
     axes[-1].set_xlabel(xlabel)
+    put_legend(figure, axes, 1.75 * len(panels))
+    return figure
+
+
+def put_legend(figure: Figure, axes: Iterable, height: float) -> None:
+    """Put one legend below the axes of a figure, and give it the width of a column of text.
+
+    Args:
+        figure: to be changed.
+        axes: whose lines are named.
+        height: of all axes, in inches.
+    """
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     columns = max(1, min(len(handles), 4, 58 // (max(map(len, handles)) + 8)))
     rows = sum(1 + len(name) // 50 for name in handles) / columns
-    figure.set_size_inches(3.3, 1.75 * len(panels) + 0.6 + 0.15 * rows)  # the width of a column of text
+    figure.set_size_inches(3.3, height + 0.6 + 0.15 * rows)
     figure.legend(
         handles.values(),
         [fill(name, 50) for name in handles],
@@ -127,7 +150,6 @@ def draw(
         handlelength=2.6,
         columnspacing=1.2,
     )
-    return figure
 
 
 def _line(axis, label: str, points: pd.DataFrame, style: tuple, aside: float, bands: bool) -> None:
@@ -145,11 +167,19 @@ def _line(axis, label: str, points: pd.DataFrame, style: tuple, aside: float, ba
         artist.set_transform(offset_copy(axis.transData, axis.figure, x=1.5 * aside, units="points"))
 
 
-def _sparsity_axis(axis, columns: list[float]) -> None:
-    """An axis that is even in prunings, decades of weights that are gone, with the paper's sparsities and the ends."""
+def _sparsity_axis(axis, counts: Counter[float]) -> None:
+    """An axis that is even in prunings, decades of weights that are gone, with the paper's sparsities and the ends.
+
+    Of two that are so near that their numbers would overlap, the one with more points has its number.
+    """
+    columns = sorted(counts)
     decades = (lambda column: -np.log10(np.clip(1 - column / 100, 1e-5, None)), lambda x: 100 * (1 - 10**-x))
     axis.set_xscale("function", functions=decades)
-    ticks = sorted({columns[0], *shown_columns(columns), columns[-1]})
+    ticks: list[float] = []
+    near = 0.05 * (decades[0](columns[-1]) - decades[0](columns[0]))
+    for tick in sorted({columns[0], *shown_columns(columns), columns[-1]}, key=lambda column: -counts[column]):
+        if all(abs(decades[0](tick) - decades[0](other)) > near for other in ticks):
+            ticks.append(tick)
     axis.set_xticks(ticks, [f"{column:.4g}" for column in ticks], rotation=45)
     axis.set_xticks(columns, [""] * len(columns), minor=True)
 

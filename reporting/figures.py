@@ -8,6 +8,7 @@ from matplotlib import style
 from .curves import divergence_over_epochs, early_time_and_threshold, few, learning_curves
 from .drawing import SPARSITY, Panel, Plot, plot, points_of, styles_of
 from .experiments import Experiment, Section, base_of
+from .search_cost import accuracy_and_cost
 from .settings import METHODS, key_of
 from .tables import shown_columns
 
@@ -22,6 +23,7 @@ def draw_all(sections: list[Section]) -> dict[str, list[Plot]]:
         plots = {
             section.slug: [
                 *of_all_methods(section, styles),
+                accuracy_and_cost(section, styles),
                 *of_some_methods(section, styles),
                 *over_a_setting(section),
                 over_the_layers(section, "layer-sparsity", "layers", "sparsity of the layer (%)", "percent"),
