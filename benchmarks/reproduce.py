@@ -22,11 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.launch import run_here, run_on_ray  # noqa: E402
+from benchmarks.scales import SCALES, Scale  # noqa: E402
 from utils.files import InputError  # noqa: E402
 from utils.flags import Parser, not_negative, positive_int  # noqa: E402
 from utils.masks import sparsity_after  # noqa: E402
 
-TABLE_1 = ("Table 1", "Table 2", "Fig. 1", "Fig. 6", "Fig. 8a", "Fig. 8b", "Fig. 11")
+COMPARISON = ("Table 2", "Fig. search cost")
+TABLE_1 = ("Table 1", *COMPARISON, "Fig. 1", "Fig. 6", "Fig. 8a", "Fig. 8b", "Fig. 11")
 OBSERVATIONS = ("Fig. 3", "Fig. 7a", "Fig. 7b", "Fig. 7c", "Fig. 8c")  # IMP's own share of them
 ANN = "--neuron relu --timestep 1"
 
@@ -36,7 +38,8 @@ SCRIPTS = {
     "earlyT_laterewindlth": ("sparsity", "rewinding"),
     "earlybird": ("sparsity", "early_bird"),
     "earlyT_earlybird": ("sparsity", "early_bird"),
-    "oneshot": ("sparsity",),
+    "shortcycle": ("sparsity", "rewinding"),
+    **dict.fromkeys(("oneshot", "gradual", "admm", "rigl", "deeprewiring", "gradrewiring"), ("sparsity",)),
 }
 # what finds a ticket of the sparsity that it is asked for: what it is behind, name, script, its flags
 EACH_LEVEL = (
@@ -46,53 +49,19 @@ EACH_LEVEL = (
 )
 # the same, of the first network alone
 EACH_LEVEL_OF_THE_FIRST = (
-    (("Fig. 10",), "snip", "oneshot", "--ticket snip"),
+    (COMPARISON, "gradual", "gradual", ""),
+    (COMPARISON, "gradual-et", "gradual", "--early_time"),
+    (COMPARISON, "admm", "admm", ""),
+    (COMPARISON, "rigl", "rigl", ""),
+    (COMPARISON, "set", "rigl", "--grow random"),
+    (COMPARISON, "deep-r", "deeprewiring", ""),
+    (COMPARISON, "deep-r-from-dense", "deeprewiring", "--from_dense"),
+    (COMPARISON, "grad-r", "gradrewiring", ""),
+    (COMPARISON, "erk", "oneshot", "--ticket erk"),
+    ((*COMPARISON, "Fig. 10"), "snip", "oneshot", "--ticket snip"),
     (("Fig. 10",), "ann-snip", "oneshot", f"--ticket snip {ANN}"),
     (("Fig. 10",), "ann-random", "oneshot", f"--ticket random {ANN}"),
 )
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large the experiments are."""
-
-    flags: dict[str, str]  # of ``all`` scripts, and of each group of flags
-    networks: tuple[tuple[str, str], ...]  # data set, network; the first has all the experiments
-    early_networks: tuple[tuple[str, str], ...]  # of Figs. 4 and 5
-    deeper_networks: tuple[tuple[str, str], ...]  # of supplement G
-    levels: tuple[int, ...]  # prunings
-    prune_percent: float
-    rewinding_epochs: tuple[int, ...]  # beside the default one
-    rounds: int
-
-
-SCALES = {
-    "full": Scale(
-        flags={},
-        networks=tuple((d, a) for d in ("cifar10", "cifar100", "svhn", "fmnist") for a in ("vgg16", "resnet19")),
-        early_networks=tuple((d, a) for d in ("cifar10", "cifar100") for a in ("vgg16", "resnet19")),
-        deeper_networks=(("tinyimagenet", "resnet34"), ("cifar10", "alexnet")),
-        levels=(4, 8, 11, 14),
-        prune_percent=25,
-        rewinding_epochs=(0, 100, 180, 260),
-        rounds=5,
-    ),
-    "small": Scale(
-        flags={
-            "all": "--train_samples 1000 --width 0.125 --batch_size 16 --learning_rate 0.1 --end_iter 8 --valid_freq 4",
-            "sparsity": "--prune_percent 50 --prune_iterations 7",
-            "rewinding": "--rewinding_epoch 2",
-            "early_bird": "--eb_window 3 --eb_tolerance 0.05",
-        },
-        networks=(("digits", "alexnet"),),
-        early_networks=(("digits", "alexnet"),),
-        deeper_networks=(),
-        levels=(2, 4, 6),
-        prune_percent=50,
-        rewinding_epochs=(0, 4, 6),
-        rounds=3,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -174,6 +143,9 @@ def commands(scale: Scale, output_dir: Path, data_dir: str | None = None) -> Ite
             command = Maker(scale, output_dir, places, *network, number)
             first = network == scale.networks[0]
             yield from _table_1(command, TABLE_1 + OBSERVATIONS if first else TABLE_1, EACH_LEVEL)
+            levels = f"--evaluate_levels {' '.join(map(str, scale.levels))}"  # one search finds all tickets
+            yield command(COMPARISON, "shortcycle", "short-cycles", levels)
+            yield command(COMPARISON, "shortcycle", "short-cycles-et", f"--early_time {levels}")
             if first or network[1] == "vgg16":
                 yield command(("Fig. 9", "Fig. 10"), "laterewindlth", "ann", ANN)
                 for level in scale.levels:
@@ -206,8 +178,9 @@ def _early_time(command: Maker) -> Iterator[Command]:
     flags = "--early_time_threshold 0 --sparsity_round 1"
     yield command(("Fig. 5", "supplement C"), "earlyT_laterewindlth", "divergence", flags)
     for timesteps in range(2, 6):
+        shows = ("Fig. 4", *COMPARISON) if timesteps == 5 else ("Fig. 4",)
         flags = f"--ticket magnitude --search_timestep {timesteps} --sparsity_round {command.scale.levels[1]}"
-        yield command(("Fig. 4",), "oneshot", f"magnitude-t{timesteps}", flags)
+        yield command(shows, "oneshot", f"magnitude-t{timesteps}", flags)
 
 
 def _first_network(command: Maker) -> Iterator[Command]:
@@ -221,6 +194,10 @@ def _first_network(command: Maker) -> Iterator[Command]:
         yield command(("Fig. 8c",), "earlyT_laterewindlth", f"imp-et-{threshold}", flags)
     yield command(("supplement F",), "earlyT_laterewindlth", "imp-et-js", f"--divergence js {levels}")
     yield from _each_level(command, EACH_LEVEL_OF_THE_FIRST)
+    for level in command.scale.levels:
+        if level not in command.scale.levels[1:2]:  # there it is a run of Fig. 4
+            flags = f"--ticket magnitude --sparsity_round {level}"
+            yield command(COMPARISON, "oneshot", f"magnitude-{level}", flags)
     for how in ("weights", "lr", "none"):  # the last rate of a cosine is too small to fine-tune with
         flags = f"--rewind {how} --scheduler step"
         yield command(("rewinding",), "laterewindlth", f"imp-step-{how}", flags)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,30 @@ def test_tables_are_there_for_all_their_networks():
     assert set(found["Fig. 9"]) == {(data, "vgg16") for data in data_sets}
     assert set(found["supplement G"]) == {("tinyimagenet", "resnet34"), ("cifar10", "alexnet")}
     assert {arch for networks in found.values() for _, arch in networks} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("scale", reproduce.SCALES)
+def test_every_method_is_compared_at_every_level_of_the_first_network(scale):
+    size = reproduce.SCALES[scale]
+    compared = [c for c in commands_of(scale) if {"Table 2", "Fig. search cost"} <= set(c.shows)]
+    first = [c for c in compared if c.name.endswith(f"/{'-'.join(size.networks[0])}-round1")]
+    assert {c.script for c in first} == {path.name for path in reproduce.ROOT.glob("train_snn_*.py")}
+    levels = [str(level) for level in size.levels]
+    variants = Counter()
+    for command in first:
+        words = [*command.flags, None]
+        if "--sparsity_round" in words:
+            at = words.index("--sparsity_round") + 1
+            own = {"--grow", "--from_dense", "--early_time", "--ticket"}.intersection(words)
+            kind = words[words.index("--ticket") + 1] if "--ticket" in words else None
+            variants[command.script, *sorted(own), kind, words[at]] += 1
+        elif "--evaluate_levels" in words:
+            at = words.index("--evaluate_levels") + 1
+            assert words[at : at + len(levels)] == levels  # one search for all of them
+    assert set(variants.values()) == {1}, "nothing is run twice"
+    kinds = {key[:-1] for key in variants}
+    assert len(kinds) == 2 + 2 + 1 + 2 + 2 + 1 + 4  # EB, gradual, ADMM, RigL, Deep R, Grad R, one-shot
+    assert set(variants) == {(*kind, level) for kind in kinds for level in levels}
 
 
 def run_list(*flags):
