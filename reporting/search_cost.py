@@ -165,12 +165,12 @@ def _cost_axis(axis, costs: pd.Series) -> None:
 
 def _accuracy_axis(axis, accuracies: pd.Series) -> None:
     """Even in the logarithm of the error where errors differ by more than a factor of 3: chance squeezes nothing."""
-    worst, best = (100 - accuracies.min(), max(100 - accuracies.max(), 0.1))
-    if worst <= 3 * best:
+    worst, best = 100 - accuracies.min(), max(100 - accuracies.max(), 0)
+    if worst <= 3 * max(best, 0.1):
         edge = 0.06 * max(worst - best, 0.1)
         axis.set_ylim(100 - worst - edge, min(100 - best + edge, 100))
         return
-    scale = (lambda accuracy: -np.log10(np.clip(100 - accuracy, 0.01, None)), lambda x: 100 - 10**-x)
+    scale = (lambda accuracy: -np.log10(np.clip(100 - accuracy, 0.05, None)), lambda x: 100 - 10**-x)
     low, high = max(100 - worst * 1.1, 0), 100 - best / 1.15
     axis.set_yscale("function", functions=scale)
     axis.set_ylim(low, high)
