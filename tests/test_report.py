@@ -482,7 +482,7 @@ def test_other_tables_of_the_paper():
 FIGURES = {
     *("accuracy-sparsity", "search-sparsity", "accuracy-rewind", "global-local", "layer-sparsity", "settling"),
     *("divergence", "accuracy-early-time", "accuracy-t-pre", "transfer", "controls", "snip-random", "spikes-sparsity"),
-    *("firing-rates", "learning-curves"),
+    *("firing-rates", "learning-curves", "accuracy-search-cost"),
 }
 
 
