@@ -113,7 +113,8 @@ class Maker:
     def __call__(self, shows: tuple[str, ...], script: str, experiment: str, flags: str = "", **ticket) -> Command:
         """A run of a script. One that is given a ticket has the ticket's sparsity, and no flags for it."""
         groups = ("all",) if ticket else ("all", *SCRIPTS[script])
-        texts = [f"--dataset {self.dataset} --arch {self.arch}", *(self.scale.flags.get(name, "") for name in groups)]
+        own = [text for name, text in self.scale.flags.items() if name in groups or experiment.startswith(f"{name}-")]
+        texts = [f"--dataset {self.dataset} --arch {self.arch}", *own]
         words = shlex.split(" ".join([*texts, flags, f"--round {self.number} --exp_name {experiment}"]))
         name = f"{experiment}/{self._run()}"
         return Command(shows, name, f"train_snn_{script}.py", tuple(words), self.places, **ticket)
@@ -146,6 +147,9 @@ def commands(scale: Scale, output_dir: Path, data_dir: str | None = None) -> Ite
             levels = f"--evaluate_levels {' '.join(map(str, scale.levels))}"  # one search finds all tickets
             yield command(COMPARISON, "shortcycle", "short-cycles", levels)
             yield command(COMPARISON, "shortcycle", "short-cycles-et", f"--early_time {levels}")
+            for epochs in scale.cycles:
+                flags = f"--cycle_epochs {epochs} {levels}"
+                yield command(COMPARISON, "shortcycle", f"short-cycles-{epochs}", flags)
             if first or network[1] == "vgg16":
                 yield command(("Fig. 9", "Fig. 10"), "laterewindlth", "ann", ANN)
                 for level in scale.levels:
@@ -177,8 +181,8 @@ def _early_time(command: Maker) -> Iterator[Command]:
     # section 3.3: the divergence of a network that is trained at T throughout
     flags = "--early_time_threshold 0 --sparsity_round 1"
     yield command(("Fig. 5", "supplement C"), "earlyT_laterewindlth", "divergence", flags)
-    for timesteps in range(2, 6):
-        shows = ("Fig. 4", *COMPARISON) if timesteps == 5 else ("Fig. 4",)
+    for timesteps in range(2, command.scale.timestep + 1):
+        shows = ("Fig. 4", *COMPARISON) if timesteps == command.scale.timestep else ("Fig. 4",)
         flags = f"--ticket magnitude --search_timestep {timesteps} --sparsity_round {command.scale.levels[1]}"
         yield command(shows, "oneshot", f"magnitude-t{timesteps}", flags)
 

@@ -1,4 +1,4 @@
-"""How large the runs of reproduce.py are: at full size as in the paper, or small."""
+"""How large the runs of reproduce.py are: at full size as in the paper, small, or what two cores can do of CIFAR-10."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Scale:
     """How large the experiments are."""
 
-    flags: dict[str, str]  # of ``all`` scripts, and of each group of flags
+    flags: dict[str, str]  # of ``all`` scripts, of each group of flags, and of experiments whose names begin with it
     networks: tuple[tuple[str, str], ...]  # data set, network; the first has all the experiments
     early_networks: tuple[tuple[str, str], ...]  # of Figs. 4 and 5
     deeper_networks: tuple[tuple[str, str], ...]  # of supplement G
@@ -15,6 +15,8 @@ class Scale:
     prune_percent: float
     rewinding_epochs: tuple[int, ...]  # beside the default one
     rounds: int
+    cycles: tuple[float, ...] = ()  # epochs of short cycles, beside the default
+    timestep: int = 5
 
 
 SCALES = {
@@ -42,5 +44,23 @@ SCALES = {
         prune_percent=50,
         rewinding_epochs=(0, 4, 6),
         rounds=3,
+    ),
+    "cifar10": Scale(
+        flags={
+            "all": "--width 0.25 --timestep 4 --batch_norm over_time --batch_size 50 --learning_rate 0.1 --end_iter 20 "
+            "--train_samples 20000 --valid_samples 5000 --valid_freq 10 --compile --channels_last",
+            "sparsity": "--prune_percent 50 --prune_iterations 7",
+            "rewinding": "--rewinding_epoch 2",
+            "gradual": "--dense_epochs 2",
+        },
+        networks=(("cifar10", "alexnet"),),
+        early_networks=(("cifar10", "alexnet"),),
+        deeper_networks=(),
+        levels=(4, 6),
+        prune_percent=50,
+        rewinding_epochs=(0,),
+        rounds=2,
+        cycles=(0.5, 1),
+        timestep=4,
     ),
 }
