@@ -15,7 +15,8 @@ PAGES = [
     ROOT / "Makefile",
     *sorted(ROOT.glob("train_snn_*.py")),
 ]
-TEXT = "\n".join(path.read_text(encoding="utf-8") for path in PAGES).replace("\\\n", " ")
+WITH_COMMANDS = [path for path in PAGES if path.name != "extending.md"]  # test_extending.py runs those
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in WITH_COMMANDS).replace("\\\n", " ")
 # in a line for Slurm, a command ends before its quotation mark or semicolon
 COMMANDS = re.findall(r"python (train_snn_\w+)\.py *([^';\n]*)", TEXT)
 
@@ -48,7 +49,7 @@ def test_lists_of_commands_parse(flags):
 
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")) if page.suffix == ".md" else []:
+        for target in re.findall(r"\]\(([^)#: ]+)\)", page.read_text(encoding="utf-8")) if page.suffix == ".md" else []:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
