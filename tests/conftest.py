@@ -33,6 +33,12 @@ FLAGS = {
     "earlybird": TINY + BIRD,
     "earlyT_earlybird": TINY + BIRD + TIME,
     "oneshot": TINY + ROUNDS,
+    "rigl": TINY + ROUNDS,
+    "deeprewiring": TINY + ROUNDS,
+    "gradrewiring": TINY + ROUNDS,
+    "admm": TINY + ROUNDS,
+    "gradual": TINY + ROUNDS,
+    "shortcycle": f"{TINY}{ROUNDS} --rewinding_epoch 1",
 }
 
 
@@ -62,7 +68,7 @@ class Finished:
 
 def go(root, method, *more):
     """Run a script in this process, and read what it left; ``root`` takes the run."""
-    flags = [*shlex.split(FLAGS.get(method, TINY + ROUNDS)), *more, "--output_dir", str(root)]
+    flags = [*shlex.split(FLAGS[method]), *more, "--output_dir", str(root)]
     before = set(root.rglob("summary.txt")) if root.exists() else set()
     script(method)(flags)
     new = set(root.rglob("summary.txt")) - before

@@ -12,6 +12,14 @@ from utils.masks import dense_mask, sparsity, sparsity_after
 from utils.scores import prune_by_magnitude
 
 METHODS = tuple(FLAGS)
+OWN_DEFAULTS = {
+    "rigl": {"distribution": "erk", "update_every": 100, "update_until": 0.75, "drop_fraction": 0.3},
+    "deeprewiring": {"l1": 1e-5, "noise": 1e-5, "from_dense": False},
+    "gradrewiring": {"penalty": None, "trials": 5, "trial_epochs": 30},
+    "admm": {"rho": 1e-2, "admm_epochs": 60},
+    "gradual": {"dense_epochs": 20, "prune_until": 180, "regrow": 0, "early_time": False},
+    "shortcycle": {"rewinding_epoch": 20, "cycle_epochs": 20, "evaluate_levels": [14], "early_time": False},
+}
 
 
 class Started(Exception):
@@ -120,6 +128,32 @@ def refused(capsys, tmp_path, monkeypatch):
         ("oneshot", "--snip_samples=100", "--ticket snip"),
         ("oneshot", "--search_timestep 2 --ticket snip", "--ticket magnitude"),
         ("oneshot", "--random_scope layer --ticket snip", "--ticket random"),
+        # methods beyond the paper's
+        ("deeprewiring", "--noise 0.1 --from_dense", "--from_dense"),
+        ("deeprewiring", "--pruning_scope local --from_dense", "--from_dense"),
+        ("deeprewiring", "--l1 -1", "0"),
+        ("gradrewiring", "--trials 3 --penalty 0.1", "--penalty"),
+        ("gradrewiring", "--trial_epochs 3 --penalty 0.1", "--penalty"),
+        ("gradrewiring", "--penalty 0", "0"),
+        ("gradrewiring", "--pruning_scope local", ""),
+        ("admm", "--admm_epochs 5 --end_iter 4", "4 5"),
+        ("admm", "--rho 0", "0"),
+        ("gradual", "--prune_until 4 --end_iter 4", "--end_iter 4"),
+        ("gradual", "--dense_epochs 3 --prune_until 3 --end_iter 4", "--prune_until 3"),
+        ("gradual", "--dense_epochs 200", "--prune_until 180"),
+        ("gradual", "--regrow 1.5", "0 1"),
+        ("gradual", "--early_time_epoch 3", "--early_time"),
+        ("gradual", "--divergence js", "--early_time"),
+        ("gradual", "--early_time_epoch 4 --early_time --end_iter 4", "--end_iter 4"),
+        ("gradual", "--timestep 2 --early_time", "3 2"),
+        ("shortcycle", "--early_time_threshold 0.5", "--early_time"),
+        ("shortcycle", "--early_time_samples=5", "--early_time"),
+        ("shortcycle", "--rewinding_epoch 4 --end_iter 4", "--end_iter 4"),
+        ("shortcycle", "--cycle_epochs 0", "0"),
+        ("shortcycle", "--evaluate_levels 15", "0 14 15"),
+        ("oneshot", "--pruning_scope local --ticket erk", "--ticket erk"),
+        ("oneshot", "--pruning_scope local --ticket random", "--ticket random"),
+        ("oneshot", "--random_scope layer --ticket erk", "--ticket random"),
         # unknown flags
         ("laterewindlth", "--learning-rate 0.1", "--learning_rate"),
         ("laterewindlth", "--learningrate=0.1", "--learning_rate"),
@@ -160,13 +194,16 @@ def test_the_authors_four_commands(parsed):
 def test_defaults_are_the_papers(parsed, method):
     expected = {"dataset": "cifar10", "arch": "vgg16", "neuron": "lif", "tau": 4 / 3, "v_threshold": 1, "timestep": 5}
     expected |= {"learning_rate": 0.3, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128, "scheduler": "cosine"}
-    expected |= {"prune_percent": 25, "prune_iterations": 15, "pruning_scope": "global", "round": 1, "end_iter": 300}
+    expected |= {"prune_percent": 25, "prune_iterations": 15, "round": 1, "end_iter": 300, "valid_samples": 0}
+    if method not in ("rigl", "gradrewiring"):
+        expected |= {"pruning_scope": "global"}
     if method.endswith("laterewindlth"):
         expected |= {"rewinding_epoch": 20, "rewind": "weights", "sparsity_round": 14}
     if method.endswith("earlybird"):
         expected |= {"eb_window": 5, "eb_tolerance": 0.02, "eb_distance": "hamming", "sparsity_round": 4}
     if method.startswith("earlyT"):
         expected |= {"early_time_epoch": 2, "early_time_threshold": 0.6, "divergence": "kl"}
+    expected |= OWN_DEFAULTS.get(method, {})
     args = vars(parsed(method))
     assert {name: args[name] for name in expected} == expected
     assert args["precision"] == ("bf16" if torch.cuda.is_available() else "fp32")
@@ -190,9 +227,22 @@ def test_defaults_that_depend_on_other_flags(parsed):
 
 
 @pytest.mark.parametrize(
+    "line", ["gradual --end_iter 2 --prune_until 1", "shortcycle --end_iter 2 --rewinding_epoch 1"]
+)
+def test_what_early_time_needs_is_not_asked_for_without_it(parsed, line):
+    method, *flags = line.split()
+    args = parsed(method, " ".join([*flags, "--timestep 2"]))
+    assert args.early_time_epoch >= args.end_iter
+    early = parsed(method, f"--early_time --end_iter 5 {' '.join(flags[2:])}")
+    assert early.method == f"earlyT_{method}"
+    assert early.label.endswith(" + ET")
+
+
+@pytest.mark.parametrize(
     ("line", "method", "label"),
     [
         ("", "oneshot-random", "random"),
+        ("--ticket erk --control shuffle", "oneshot-erk-shuffle", "ERK shuffle"),
         ("--ticket snip --control reinit", "oneshot-snip-reinit", "SNIP reinit"),
         ("--ticket magnitude --control shuffle", "oneshot-magnitude-shuffle", "magnitude shuffle"),
     ],

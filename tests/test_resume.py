@@ -63,6 +63,12 @@ RUNS = [
     ("laterewindlth", "--rewind lr --prune_iterations 2"),
     ("oneshot", "--ticket magnitude --search_timestep 2 --control shuffle"),
     ("oneshot", "--ticket snip --snip_samples 10"),
+    ("deeprewiring", "--l1 0.1 --noise 0.1"),
+    ("deeprewiring", "--from_dense --l1 0.1 --valid_samples 20"),
+    ("gradrewiring", "--trials 2 --trial_epochs 2 --end_iter 3"),
+    ("admm", "--admm_epochs 2 --end_iter 3"),
+    ("gradual", "--regrow 0.5 --dense_epochs 1 --prune_until 3 --early_time --early_time_epoch 2"),
+    ("shortcycle", "--cycle_epochs 1.5 --early_time --early_time_epoch 2 --end_iter 3"),
 ]
 
 

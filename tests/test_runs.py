@@ -82,6 +82,9 @@ def test_folders(finished):
         "earlybird": FOLDER,
         "earlyT_earlybird": "earlyT_earlybird/synthetic-alexnet-43.75-round1",
         "oneshot": "oneshot-random/synthetic-alexnet-43.75-round1",
+        **{name: f"{name}/synthetic-alexnet-43.75-round1" for name in ("rigl", "deeprewiring", "gradrewiring")},
+        **{name: f"{name}/synthetic-alexnet-43.75-round1" for name in ("admm", "gradual")},
+        "shortcycle": "shortcycle/synthetic-alexnet-round1",
     }
     left = {
         str(path.relative_to(finished("laterewindlth").folder))
