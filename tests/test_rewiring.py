@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import Finished
+from one_layer import DECAY, EPOCHS, MOMENTUM, OneLayer
 from torch import nn
 
 from models import build_model
 from utils import stages
-from utils.data import Data, Split
-from utils.datasets import DATASETS
-from utils.flags import get_args
 from utils.masks import dense_mask, drop_lowest
 from utils.rewiring import drop_and_grow
 from utils.scores import erk_densities, erk_scores
-from utils.training import Trainer, generator, learning_rate, make_optimizer
+from utils.training import make_optimizer
 
 SHAPES = {"stem": (64, 3, 3, 3), "conv": (512, 512, 3, 3), "deep": (512, 256, 3, 3), "classifier": (10, 512)}
 LIVELY = ("--sparsity", "80", "--update_every", "3", "--end_iter", "5", "--checkpoint_minutes", "0")
@@ -82,45 +80,25 @@ def test_each_layer_keeps_its_count_and_what_grows_starts_at_0(growth, optimizer
                 assert (memory[old & new] != 0).any()
 
 
-class Linear(nn.Module):
-    """One layer that answers alike at all timesteps."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 12, dtype=torch.float64) / 3)
-
-    def forward(self, images, timesteps):
-        return (images.flatten(1).double() @ self.weight.T).expand(timesteps, -1, -1)
-
-
 def test_training_is_that_of_a_plain_numpy_loop():
-    """Three epochs of five steps, the last not full; the mask changes at every fourth."""
-    flags = "--dataset synthetic --batch_size 4 --end_iter 3 --learning_rate 0.1 --momentum 0.8 --weight_decay 0.01"
-    args = get_args("train_snn_none.py", "none", None, [*flags.split(), "--device", "cpu"])
-    torch.manual_seed(0)
-    images = torch.randint(256, (18, 3, 2, 2), dtype=torch.uint8)
-    split = Split(images, torch.arange(18) % 4, DATASETS["synthetic"])
-    model = Linear()
+    """Three epochs; the mask changes at every fourth step."""
+    one = OneLayer()
     mask = {"weight": torch.rand(4, 12) < 0.5}
     with torch.no_grad():
-        model.weight.mul_(mask["weight"])
-    weight, alive, momentum = model.weight.detach().numpy().copy(), mask["weight"].numpy().copy(), np.zeros((4, 12))
-    trainer, optimizer = Trainer(model, Data(split, split, 4), args), make_optimizer(model, args)
+        one.model.weight.mul_(mask["weight"])
+    optimizer = make_optimizer(one.model, one.args)
+    weight, alive, momentum = one.weight, mask["weight"].numpy().copy(), np.zeros((4, 12))
 
     def change(step, generator):
         if step % 4 == 0:
-            drop_and_grow(model, optimizer, mask, 0.3, "gradient", generator)
+            drop_and_grow(one.model, optimizer, mask, 0.3, "gradient", generator)
 
     step = 0
-    for epoch in range(3):
-        draws = [generator(args, purpose, 0, epoch) for purpose in ("shuffle", "augment")]
-        for inputs, labels in split.augmented_batches(4, *draws):
-            x = inputs.flatten(1).double().numpy()
-            logits = x @ weight.T
-            p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-            gradient = (p - np.eye(4)[labels]).T @ x / len(x)
-            momentum = 0.8 * momentum + gradient + 0.01 * weight
-            weight = (weight - learning_rate(args, epoch) * momentum) * alive
+    for epoch in range(EPOCHS):
+        for rate, gradient_at in one.gradients(epoch):
+            gradient = gradient_at(weight)
+            momentum = MOMENTUM * momentum + gradient + DECAY * weight
+            weight = (weight - rate * momentum) * alive
             if step % 4 == 0:
                 count = round(0.3 * alive.sum())
                 order = sorted(zip(*np.nonzero(alive), strict=True), key=lambda at: abs(weight[at]))
@@ -132,10 +110,10 @@ def test_training_is_that_of_a_plain_numpy_loop():
                     new[at] = True
                 weight, momentum, alive = weight * (alive & new), momentum * (alive & new), new
             step += 1
-        trainer.epoch(optimizer, mask, epoch, 2, after_step=change)
+        one.trainer.epoch(optimizer, mask, epoch, 2, after_step=change)
     assert step == 15
     assert np.array_equal(mask["weight"].numpy(), alive)
-    np.testing.assert_allclose(model.weight.detach().numpy(), weight, rtol=1e-5, atol=1e-7)  # the loss is in fp32
+    one.assert_weights_are(weight)
 
 
 @pytest.mark.parametrize("growth", ["gradient", "random"])

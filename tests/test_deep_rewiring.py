@@ -1,0 +1,193 @@
+"""Deep R: connections that go dormant and others that are drawn."""
+
+import numpy as np
+import pytest
+import torch
+from one_layer import DECAY, EPOCHS, MOMENTUM, OneLayer
+from torch import nn
+
+from utils.masks import dense_mask
+from utils.rewiring import NEW, _draw_dormant, deep_rewiring, signs_of
+from utils.training import make_optimizer
+
+GROUPS = {"global": [("0.weight", "2.weight")], "local": [("0.weight",), ("2.weight",)]}
+
+
+def network(kind, density):
+    """A small network in training: model, optimizer, mask and signs; its dormant weights are 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+    signs = signs_of(model)
+    mask = {name: torch.rand_like(m.float()) < density for name, m in dense_mask(model).items()}
+    with torch.no_grad():
+        for name, kept in mask.items():
+            model.get_parameter(name).mul_(kept)
+    optimizers = {"sgd": torch.optim.SGD(model.parameters(), 0.05, 0.9), "adam": torch.optim.Adam(model.parameters())}
+    return model, optimizers[kind], mask, signs
+
+
+def step(model, optimizer, mask):
+    """A step of the optimizer, as the trainer makes it."""
+    optimizer.zero_grad()
+    model(torch.randn(8, 20)).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        for name, kept in mask.items():
+            model.get_parameter(name).mul_(kept)
+
+
+def counts(mask, groups):
+    return {names: sum(int(mask[name].sum()) for name in names) for names in groups}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("scope", GROUPS)
+def test_the_number_of_connections_never_changes_and_what_is_new_starts_afresh(scope, optimizer):
+    model, optimizer, mask, signs = network(optimizer, 0.3)
+    least, draws, moved = counts(mask, GROUPS[scope]), torch.Generator().manual_seed(0), 0
+    by_layer = counts(mask, GROUPS["local"])
+    for _ in range(40):
+        before = {name: m.clone() for name, m in mask.items()}
+        step(model, optimizer, mask)
+        deep_rewiring(model, optimizer, mask, signs, least, 1e-3, 1e-3, draws)
+        assert counts(mask, GROUPS[scope]) == least
+        for name, kept in mask.items():
+            weight, new = model.get_parameter(name).detach(), kept & ~before[name]
+            assert (weight[~kept] == 0).all()
+            assert (weight[kept].sign() == signs[name][kept]).all()
+            assert torch.equal(weight[new], NEW * signs[name][new])
+            fresh = kept & (weight.abs() == weight.new_tensor(NEW))
+            for memory in optimizer.state[model.get_parameter(name)].values():
+                if memory.shape == weight.shape:
+                    assert (memory[fresh | ~kept] == 0).all(), "also of what went and came back at once"
+                    assert (memory[kept & ~fresh] != 0).any()
+            moved += int(new.sum())
+    assert moved > 50
+    assert (counts(mask, GROUPS["local"]) == by_layer) == (scope == "local")
+
+
+def test_penalty_and_noise_act_on_active_strengths_alone():
+    model, optimizer, mask, signs = network("sgd", 0.3)
+    least = counts(mask, GROUPS["local"])
+    before = {name: model.get_parameter(name).detach().clone() for name in mask}
+    deep_rewiring(model, optimizer, mask, signs, least, 1e-2, 0.0, torch.Generator())
+    for name, kept in mask.items():
+        weight = model.get_parameter(name).detach()
+        stayed = kept & (before[name].abs() > 1e-2)
+        torch.testing.assert_close(weight[stayed].abs(), before[name][stayed].abs() - 1e-2)
+        assert stayed.sum() > kept.sum() / 2
+    before = {name: model.get_parameter(name).detach().clone() for name in mask}
+    deep_rewiring(model, optimizer, mask, signs, least, 0.0, 1e-3, torch.Generator().manual_seed(0))
+    kept = {name: mask[name] & (before[name].abs() > 6e-3) for name in mask}
+    noise = torch.cat([(model.get_parameter(name) - before[name])[k] for name, k in kept.items()])
+    assert noise.std().item() == pytest.approx(1e-3, rel=0.2)
+    assert abs(noise.mean().item()) < 3e-4
+
+
+def test_dormant_connections_are_drawn_uniformly():
+    alive, draws = torch.arange(60) % 3 == 0, torch.Generator().manual_seed(0)
+    drawn = torch.stack([_draw_dormant(alive, 7, draws) for _ in range(3000)])
+    assert (drawn.sum(1) == 7).all()
+    assert not (drawn & alive).any()
+    often = drawn.sum(0)[~alive].double()
+    expected = 3000 * 7 / 40
+    # without replacement the deviation is smaller than a chi-square's by 1 - 7/40
+    assert 15 < ((often - expected) ** 2 / expected).sum() / (1 - 7 / 40) < 75, "39 on average, deviation 9"
+    pairs = (drawn[:, ~alive].double().T @ drawn[:, ~alive].double()).fill_diagonal_(torch.nan)
+    usual = 3000 * 7 * 6 / (40 * 39)
+    assert (pairs - usual).abs().nan_to_num(0).max() < 6 * usual**0.5, "no two are drawn together more than others"
+
+
+@pytest.mark.parametrize("count", [-3, 0, 1, 20, 40])
+def test_as_many_are_drawn_as_are_wanted(count):
+    alive = torch.arange(60) % 3 == 0
+    drawn = _draw_dormant(alive, count, torch.Generator().manual_seed(0))
+    assert drawn.sum() == max(0, count)
+    assert not (drawn & alive).any()
+
+
+def test_from_dense_each_layer_gets_sparser_and_stops_where_it_is_wanted():
+    model, optimizer, mask, signs = network("sgd", 2.0)
+    least = {("0.weight",): 120, ("2.weight",): 60}
+    seen = [counts(mask, GROUPS["local"])]
+    for _ in range(150):
+        step(model, optimizer, mask)
+        deep_rewiring(model, optimizer, mask, signs, least, 3e-3, 0.0, torch.Generator().manual_seed(0))
+        seen.append(counts(mask, GROUPS["local"]))
+    for names, count in least.items():
+        path = [one[names] for one in seen]
+        assert path == sorted(path, reverse=True)
+        assert count < path[3] < path[0] == mask[names[0]].numel()
+        assert path[-5:] == [count] * 5
+
+
+@pytest.mark.parametrize("from_dense", [False, True])
+def test_training_is_that_of_a_plain_numpy_loop(from_dense):
+    """Three epochs with drops and regrowth in each; only the drawing itself is shared."""
+    one, l1, noise = OneLayer(), 0.3, 0.0 if from_dense else 0.1
+    signs = {name: sign.double() for name, sign in signs_of(one.model).items()}
+    mask = {"weight": torch.ones(4, 12, dtype=torch.bool) if from_dense else torch.rand(4, 12) < 0.5}
+    with torch.no_grad():
+        one.model.weight.mul_(mask["weight"])
+    optimizer = make_optimizer(one.model, one.args)
+    sign, alive = signs["weight"].numpy(), mask["weight"].numpy().copy()
+    theta, momentum, wanted = one.weight * sign, np.zeros((4, 12)), 22 if from_dense else int(alive.sum())
+    rates = {epoch: next(one.gradients(epoch))[0] for epoch in range(EPOCHS)}
+
+    def rewire(step, generator):
+        rate = rates[step // 5]
+        least = {("weight",): wanted}
+        deep_rewiring(one.model, optimizer, mask, signs, least, rate * l1, rate * noise, generator)
+
+    dropped, grown = [], []
+    for epoch in range(EPOCHS):
+        draws = one.draws(epoch)
+        for rate, gradient_at in one.gradients(epoch):
+            weight = sign * theta * alive
+            momentum = MOMENTUM * momentum + gradient_at(weight) + DECAY * weight
+            theta = theta - rate * sign * momentum - rate * l1
+            if noise:
+                theta[alive] += rate * noise * torch.randn(int(alive.sum()), generator=draws).numpy()
+            left = alive & (theta > 0)
+            new = np.zeros(48, dtype=bool)
+            while (missing := wanted - left.sum() - new.sum()) > 0:  # as _draw_dormant: redraw what is taken
+                for at in set(torch.randint(48, (int(missing),), generator=draws).tolist()):
+                    new[at] |= not left.flat[at]
+            new = new.reshape(4, 12)
+            momentum = momentum * (left & ~new)
+            theta = np.where(new, NEW, theta) * (left | new)
+            dropped, grown, alive = [*dropped, int((alive & ~left).sum())], [*grown, int(new.sum())], left | new
+        one.trainer.epoch(optimizer, mask, epoch, 2, after_step=rewire)
+    assert sum(dropped) > 20
+    assert all(sum(part) > 0 for part in (grown[:5], grown[5:10], grown[10:])) or from_dense
+    assert alive.sum() == wanted
+    assert sum(grown) > 0
+    assert np.array_equal(mask["weight"].numpy(), alive)
+    one.assert_weights_are(sign * theta)
+
+
+def test_script_ends_with_its_connections_on_the_initial_weights(finished):
+    run = finished("deeprewiring")
+    (start, _, _), (mask, weights, _) = run.ticket("start"), run.ticket("level_02")
+    assert sum(int(m.sum()) for m in start.values()) == sum(int(m.sum()) for m in mask.values())
+    assert any((m & ~start[name]).any() for name, m in mask.items())
+    initial = run.ticket("initial")[1]
+    assert all(torch.equal(weights[name], initial[name] * m) for name, m in mask.items())
+    ours, trained, _ = run.network("level_02")
+    assert all(torch.equal(m, mask[name]) for name, m in ours.items())
+    assert all((trained[name].sign() == initial[name].sign())[m].all() for name, m in mask.items())
+    (row,) = run.results
+    assert (row["search_epochs"], row["train_seconds"], row["level"]) == (4, 0, 2)
+
+
+def test_script_from_dense_prunes_each_layer_up_to_the_wanted_share(run):
+    flags = "--from_dense --sparsity 50 --l1 0.5 --train_samples 16 --test_samples 10 --weight_decay 0"
+    dense = run("deeprewiring", *flags.split())
+    assert (dense.args["method"], dense.args["label"]) == ("deeprewiring-dense", "Deep R from dense")
+    assert all(m.all() for m in dense.ticket("start")[0].values())
+    mask = dense.ticket("sparsity_50")[0]
+    shares = {name: m.float().mean().item() for name, m in mask.items()}
+    assert all(share >= 0.5 - 1 / mask[name].numel() for name, share in shares.items())
+    reached = [name for name, m in mask.items() if m.sum() == m.numel() - round(0.5 * m.numel())]
+    assert reached
+    assert dense.results[0]["sparsity"] > 20
