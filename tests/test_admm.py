@@ -1,0 +1,126 @@
+"""ADMM: weights that are pulled towards their sparse projection."""
+
+import numpy as np
+import pytest
+import torch
+from one_layer import DECAY, EPOCHS, MOMENTUM, OneLayer
+from torch import nn
+
+from utils.admm import Admm
+from utils.training import make_optimizer
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
+
+
+def largest(values, count):
+    """The ``count`` largest entries of arrays, all others 0."""
+    flat = np.concatenate([value.ravel() for value in values])
+    flat[np.argsort(-np.abs(flat), kind="stable")[count:]] = 0
+    parts = np.split(flat, np.cumsum([value.size for value in values])[:-1])
+    return [part.reshape(value.shape) for part, value in zip(parts, values, strict=True)]
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_the_target_is_the_largest_of_weights_and_dual(model, scope):
+    admm = Admm(model, 0.8, scope, 0.1)
+    names, draws = list(admm.target), torch.Generator().manual_seed(1)
+    assert all((dual == 0).all() for dual in admm.dual.values())
+    for _ in range(3):
+        with torch.no_grad():
+            for name in names:
+                model.get_parameter(name).add_(0.3 * torch.randn(admm.dual[name].shape, generator=draws))
+        weights = [model.get_parameter(name).detach().numpy().copy() for name in names]
+        duals = [admm.dual[name].numpy().copy() for name in names]
+        moved = [weight + dual for weight, dual in zip(weights, duals, strict=True)]
+        groups = [moved] if scope == "global" else [[value] for value in moved]
+        targets = [t for group in groups for t in largest(group, round(0.2 * sum(v.size for v in group)))]
+        residual = admm.update()
+        for name, weight, dual, target in zip(names, weights, duals, targets, strict=True):
+            np.testing.assert_array_equal(admm.target[name].numpy(), target)
+            np.testing.assert_allclose(admm.dual[name].numpy(), dual + weight - target, rtol=1e-6, atol=1e-6)
+        gaps = [weight - target for weight, target in zip(weights, targets, strict=True)]
+        norms = [np.sqrt(sum((part**2).sum() for part in parts)) for parts in (gaps, weights)]
+        assert residual == pytest.approx(norms[0] / norms[1])
+
+
+def test_the_dual_stays_0_where_the_weights_are_sparse(model):
+    target = Admm(model, 0.8, "global", 0.1).target
+    with torch.no_grad():
+        for name, value in target.items():
+            model.get_parameter(name).copy_(value)
+    admm = Admm(model, 0.8, "global", 0.1)
+    assert admm.update() == 0
+    assert all((dual == 0).all() for dual in admm.dual.values())
+    assert all(torch.equal(value, target[name]) for name, value in admm.target.items())
+
+
+def test_the_pull_is_the_gradient_of_the_penalty(model):
+    admm = Admm(model, 0.7, "global", 0.3)
+    with torch.no_grad():
+        for dual in admm.dual.values():
+            dual.normal_()
+    inputs = torch.randn(8, 20)
+    loss = model(inputs).square().mean()
+    squares = [(model.get_parameter(n) - admm.target[n] + admm.dual[n]).square().sum() for n in admm.target]
+    whole = loss + 0.3 / 2 * sum(squares)
+    expected = torch.autograd.grad(whole, list(model.parameters()), retain_graph=True)
+    loss.backward()
+    admm.pull()
+    for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, msg=name)
+
+
+def test_rounds_are_those_of_a_plain_numpy_loop():
+    """Three rounds; the penalty is in the momentum, as any gradient is."""
+    one, rho = OneLayer(), 0.05
+    optimizer = make_optimizer(one.model, one.args)
+    admm = Admm(one.model, 0.75, "global", rho)
+    optimizer.register_step_pre_hook(admm.pull)
+    weight, momentum, dual = one.weight, np.zeros((4, 12)), np.zeros((4, 12))
+    (target,) = largest([weight.copy()], 12)
+    supports = []
+    for epoch in range(EPOCHS):
+        for rate, gradient_at in one.gradients(epoch):
+            gradient = gradient_at(weight) + rho * (weight - target + dual)
+            momentum = MOMENTUM * momentum + gradient + DECAY * weight
+            weight = weight - rate * momentum
+        (target,) = largest([weight + dual], 12)
+        dual = dual + weight - target
+        supports.append(target != 0)
+        one.trainer.epoch(optimizer, None, epoch, 2)
+        admm.update()
+        one.assert_weights_are(weight)
+        np.testing.assert_allclose(admm.target["weight"].numpy(), target, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(admm.dual["weight"].numpy(), dual, rtol=1e-5, atol=1e-6)
+    assert (supports[0] != supports[-1]).any()
+
+
+def test_script_prunes_the_pulled_network_and_trains_on_from_its_weights(finished):
+    run = finished("admm", "--sparsity", "80", "--admm_epochs", "2")
+    dense, rounds, train = run.stage("dense"), run.stage("search", None), run.stage("train", None)
+    assert [[row["epoch"] for row in rows] for rows in (dense, rounds, train)] == [[0, 1, 2, 3], [2, 3], [0, 1, 2, 3]]
+    assert [row["lr"] for row in rounds] == [row["lr"] for row in dense[2:]]
+    (mask, weights, _), (initial, first, _) = run.ticket("sparsity_80"), run.ticket("initial")
+    total = sum(m.numel() for m in mask.values())
+    assert sum(int(m.sum()) for m in mask.values()) == total - round(0.8 * total)
+    assert all(m.all() for m in initial.values())
+    assert all(not torch.equal(weights[name][m], first[name][m]) for name, m in mask.items()), "it keeps its weights"
+    ours, trained, _ = run.network("sparsity_80")
+    assert all(torch.equal(m, mask[name]) for name, m in ours.items())
+    assert all((trained[name] != 0).equal(m) for name, m in mask.items())
+    (row,) = run.results
+    assert row["sparsity"] == pytest.approx(80, abs=100 / total)
+    assert [row[field] for field in ("search_epochs", "search_timestep_epochs")] == [6, 24]
+    assert row["train_seconds"] == pytest.approx(sum(r["seconds"] for r in train))
+
+
+def test_a_stronger_penalty_leaves_less_between_the_weights_and_their_projection(run):
+    flags = "--train_samples 16 --test_samples 10 --admm_epochs 4 --sparsity 80 --learning_rate 0.3 --rho"
+    weak, strong = (run("admm", *flags.split(), rho, "--exp_name", rho) for rho in ("0.0001", "1"))
+    left = [[row["residual"] for row in one.stage("search", None)] for one in (weak, strong)]
+    assert left[1][-1] < 0.7 * left[0][-1]
+    assert weak.stage("dense")[-1]["loss"] == strong.stage("dense")[-1]["loss"]
