@@ -1,4 +1,5 @@
-"""IMP, EB and their Early-Time variants once more, as plain loops: what the scripts must agree with, bit for bit.
+"""IMP, EB, gradual pruning, short cycles and their Early-Time variants once more, as plain loops: what the scripts must
+agree with, bit for bit.
 
 Only the seeds of the draws, the images and their augmentation are those of the scripts.
 """
@@ -65,9 +66,9 @@ class Plain:
         spec = self.data.train.spec
         return normalise(images, torch.tensor(spec.mean), torch.tensor(spec.std))
 
-    def epoch(self, epoch, timesteps, level, mask, final_rate=False):
+    def epoch(self, epoch, timesteps, level, mask, rate_epoch=None, after_step=None):
         args, train = self.args, self.data.train
-        rate_epoch = args.end_iter - 1 if final_rate else epoch
+        rate_epoch = epoch if rate_epoch is None else rate_epoch
         self.optimizer.param_groups[0]["lr"] = (
             args.learning_rate / 2 * (1 + math.cos(math.pi * rate_epoch / args.end_iter))
         )
@@ -83,6 +84,31 @@ class Plain:
             self.optimizer.step()
             for name, kept in mask.items():
                 self.model.get_parameter(name).data[~kept] = 0
+            if after_step:
+                after_step()
+
+    def change(self, mask, new):
+        """Another mask, in the middle of a training."""
+        for name, kept in new.items():
+            weight, gone = self.model.get_parameter(name), ~(mask[name] & kept)
+            weight.data[gone] = 0
+            self.optimizer.state[weight]["momentum_buffer"][gone] = 0
+            mask[name] = kept
+
+    def moved(self, mask, fraction):
+        """In each layer the smallest survivors give way to where the gradient is largest."""
+        new = {}
+        for name, kept in mask.items():
+            weight = self.model.get_parameter(name)
+            sizes, gradients = (t.abs().flatten().tolist() for t in (weight, weight.grad))
+            alive = {i for i, one in enumerate(kept.flatten().tolist()) if one}
+            count = round(fraction * len(alive))
+            alive -= set(sorted(alive, key=lambda i: (sizes[i], i))[:count])
+            others = sorted(set(range(len(sizes))) - alive, key=lambda i: (-gradients[i], i))
+            new[name] = torch.tensor([i in alive for i in range(len(sizes))])
+            new[name][others[:count]] = True
+            new[name] = new[name].view_as(weight)
+        return new
 
     def logits(self, split, timesteps):
         with torch.no_grad():
@@ -119,7 +145,9 @@ def imp(args, data, probe=None):
     def train(level, state, mask, timesteps):
         plain.restart(state, mask)
         for epoch in range(args.rewinding_epoch, args.end_iter):
-            plain.epoch(epoch, timesteps, level, mask, final_rate=level > 0 and args.rewind == "none")
+            plain.epoch(
+                epoch, timesteps, level, mask, rate_epoch=args.end_iter - 1 if level and args.rewind == "none" else None
+            )
 
     starts = [(point, mask)]
     for level in range(args.sparsity_round + 1):
@@ -156,3 +184,61 @@ def eb(args, data, probe=None):
     for epoch in range(args.end_iter):
         plain.epoch(epoch, args.timestep, args.sparsity_round, masks[-1])
     return {f"level_{args.sparsity_round:02d}": (masks[-1], plain.state(), plain.accuracy())}, plain.early_time
+
+
+def gradual(args, data, probe=None):
+    """Gradual pruning, with ``probe`` with Early-Time: the network trained in place, and the ticket's."""
+    plain = Plain(args, data)
+    args, mask, point = plain.args, dict(plain.dense), plain.state()
+    level = args.sparsity_round
+    wanted = args.sparsity / 100 if level is None else 1 - (1 - args.prune_percent / 100) ** level
+    name = f"level_{level:02d}" if level is not None else f"sparsity_{args.sparsity:g}"
+    for epoch in range(args.end_iter):
+        plain.epoch(epoch, plain.early_time if epoch < args.prune_until else args.timestep, level, mask)
+        if probe and epoch + 1 == args.early_time_epoch:
+            plain.choose_time(probe)
+        if epoch + 1 == args.dense_epochs:
+            point = plain.state()
+        if args.dense_epochs < epoch + 1 <= args.prune_until:
+            time = (epoch + 1 - args.dense_epochs) / (args.prune_until - args.dense_epochs)
+            plain.change(
+                mask, sorted_away(plain.model, plain.dense, wanted * (1 - (1 - time) ** 3), args.pruning_scope)
+            )
+            if args.regrow:
+                plain.change(mask, plain.moved(mask, args.regrow * (1 + math.cos(math.pi * time)) / 2))
+    found = {f"{name}_in_place": (mask, plain.state(), plain.accuracy())}
+    plain.restart(point, mask)
+    for epoch in range(args.dense_epochs, args.end_iter):
+        plain.epoch(epoch, args.timestep, level, mask)
+    return found | {name: (mask, plain.state(), plain.accuracy())}, plain.early_time
+
+
+def short_cycles(args, data, probe=None):
+    """Short-cycle IMP, with ``probe`` with Early-Time."""
+    plain = Plain(args, data)
+    args, mask, first, step = plain.args, dict(plain.dense), plain.args.rewinding_epoch, 0
+    masks, point = [plain.dense], plain.state()
+    cycle = round(args.cycle_epochs * math.ceil(len(data.train) / args.batch_size))
+
+    def prune():
+        nonlocal step
+        step += 1
+        if step % cycle == 0 and len(masks) <= args.sparsity_round:
+            plain.change(mask, sorted_away(plain.model, mask, args.prune_percent / 100, args.pruning_scope))
+            masks.append(dict(mask))
+
+    epoch = 0
+    while len(masks) <= args.sparsity_round:
+        plain.epoch(epoch, plain.early_time, 0, mask, min(epoch, first), prune if epoch >= first else None)
+        epoch += 1
+        if epoch == first:
+            point = plain.state()
+        if probe and epoch == args.early_time_epoch:
+            plain.choose_time(probe)
+    found = {}
+    for level in args.evaluate_levels:
+        plain.restart(point, masks[level])
+        for epoch in range(first, args.end_iter):
+            plain.epoch(epoch, args.timestep, level, masks[level])
+        found[f"level_{level:02d}"] = masks[level], plain.state(), plain.accuracy()
+    return found, plain.early_time

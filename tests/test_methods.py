@@ -1,4 +1,4 @@
-"""The four methods against plain loops of them, against each other, and what is written of them."""
+"""The methods against plain loops of them, against each other, and what is written of them."""
 
 import difflib
 import itertools
@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import ROOT
-from plain import eb, imp
+from plain import eb, gradual, imp, short_cycles
 
 from utils import training
 from utils.data import balanced_part, load_data
@@ -18,6 +18,7 @@ from utils.training import Trainer, learning_rate
 
 SMALL = "--train_samples 16 --test_samples 10".split()
 PLAIN = {"laterewindlth": imp, "earlyT_laterewindlth": imp, "earlybird": eb, "earlyT_earlybird": eb}
+PLAIN |= {"gradual": gradual, "shortcycle": short_cycles}
 # every line changes one thing that the loops must agree about
 CASES = [
     ("laterewindlth", "--rewinding_epoch 0 --pruning_scope local --valid_freq 50"),
@@ -34,6 +35,12 @@ CASES = [
         "--eb_distance jaccard --eb_tolerance 0.05 --prune_percent 80 --learning_rate 0.3 --pruning_scope local",
     ),
     ("earlyT_earlybird", "--eb_window 9 --early_time_threshold 0.9 --early_time_epoch 2"),
+    ("gradual", "--dense_epochs 1 --sparsity 90"),
+    ("gradual", "--regrow 0.5 --pruning_scope local"),
+    ("gradual", "--regrow 0.5 --dense_epochs 1 --early_time --early_time_epoch 1 --early_time_threshold 1.5"),
+    ("shortcycle", "--cycle_epochs 1.5 --evaluate_levels 0 1 2"),
+    ("shortcycle", "--cycle_epochs 0.5 --rewinding_epoch 0 --pruning_scope local"),
+    ("shortcycle", "--rewinding_epoch 2 --early_time --early_time_epoch 1 --early_time_threshold 1.5"),
 ]
 
 
@@ -42,7 +49,9 @@ def test_script_is_the_plain_loop(run, method, more):
     script = run(method, *SMALL, *shlex.split(more))
     data = load_data(Namespace(**script.args))
     probe = (
-        balanced_part(data.train, script.args["early_time_samples"]) if "early_time_samples" in script.args else None
+        balanced_part(data.train, script.args["early_time_samples"])
+        if script.args.get("early_time", "early_time_epoch" in script.args)
+        else None
     )
     found, early_time = PLAIN[method](script.args, data, probe)
     assert [row["ticket"] for row in script.results] == list(found)
