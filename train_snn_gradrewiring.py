@@ -65,7 +65,7 @@ def main(argv=None):
     if penalty is None:
         sizes = torch.cat([strength.flatten() for strength in magnitude_scores(model).values()])
         rates = trainer.steps * sum(learning_rate(args, epoch) for epoch in range(args.end_iter))
-        penalty = sizes.kthvalue(math.ceil(goal.sparsity * len(sizes))).values.item() / rates
+        penalty = sizes.kthvalue(max(1, math.ceil(goal.sparsity * len(sizes)))).values.item() / rates
         for trial in range(args.trials):
             search.append(train_with(penalty, "search", trial, args.trial_epochs))
             tried[penalty] = 1 - search[-1].rows[-1]["sparsity"] / 100

@@ -6,10 +6,11 @@ import torch
 from one_layer import EPOCHS, MOMENTUM, OneLayer
 from torch import nn
 
+from utils.flags import get_args
 from utils.masks import surviving
 from utils.rewiring import gradient_rewiring, next_penalty, signs_of
 from utils.scores import magnitude_scores
-from utils.training import make_optimizer
+from utils.training import make_optimizer, set_learning_rate
 
 
 @pytest.fixture
@@ -64,6 +65,27 @@ def test_a_dormant_connection_comes_back_under_a_gradient_that_lasts(layer):
     kept = layer.weight != 0
     assert torch.equal(kept, towards.expand(30, -1))
     assert (layer.weight.sign() == signs["weight"])[kept].all()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_what_is_undecayed_is_trained_without_weight_decay_and_the_rest_with_it(optimizer):
+    flags = "--dataset synthetic --device cpu --weight_decay 0.5 --learning_rate 0.1 --optimizer"
+    args = get_args("train_snn_none.py", "none", None, [*flags.split(), optimizer])
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    both = [make_optimizer(model, args, undecayed=[model[0].weight, model[1].bias]), make_optimizer(model, args)]
+    assert all(len({id(p) for g in one.param_groups for p in g["params"]}) == 4 for one in both)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    set_learning_rate(both[0], 0.01)
+    both[0].step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name in ("0.weight", "1.bias"))
+    if optimizer == "sgd":
+        torch.testing.assert_close(model[1].weight.detach(), before["1.weight"] * (1 - 0.01 * 0.5))
+    middle = {name: p.detach().clone() for name, p in model.named_parameters()}
+    both[1].step()
+    assert not any(torch.equal(p, middle[name]) for name, p in model.named_parameters())
 
 
 def reached(penalty):
@@ -144,6 +166,13 @@ def test_script_searches_and_its_ticket_is_what_is_left(finished):
     assert all(torch.equal(ticket[1][name], initial[name] * m) for name, m in mask.items())
     assert all((weights[name].sign() == initial[name].sign())[m].all() for name, m in mask.items())
     assert [result[field] for field in ("search_epochs", "search_timestep_epochs", "train_seconds")] == [9, 36, 0]
+
+
+def test_a_network_that_is_to_stay_dense_is_no_error(run):
+    dense = run(
+        "gradrewiring", *"--train_samples 16 --test_samples 10 --trials 1 --end_iter 1 --sparsity_round 0".split()
+    )
+    assert dense.results[0]["sparsity"] < 50
 
 
 def test_a_trial_starts_anew_and_passes_the_whole_schedule(run):
