@@ -57,14 +57,14 @@ def main(argv=None):
     mask, rewind_point = run.ticket(level_name(0), dense_mask(model), model.state_dict(), level=0, **origin)
 
     # search: train on, and prune after every cycle; each level's mask is a ticket
-    cycle = max(1, round(args.cycle_epochs * trainer.steps))  # steps
+    cycle = max(1, math.floor(args.cycle_epochs * trainer.steps + 1e-6))  # steps
 
     def prune(step, _):
         level, rest = divmod(step + 1 - first * trainer.steps, cycle)
         if rest == 0 and level <= len(prunings):
             smaller = prune_by_magnitude(model, mask, prunings[level - 1], args.pruning_scope)
+            smaller, _ = run.ticket(level_name(level), smaller, rewind_point, level, **origin)
             replace_mask(model, optimizer, mask, smaller)
-            run.ticket(level_name(level), mask, rewind_point, level, **origin)
 
     search = run.stage("search", model=model, optimizer=optimizer, mask=mask, clock=clock)
     for epoch in search.epochs(range(first, first + math.ceil(len(prunings) * cycle / trainer.steps))):

@@ -218,7 +218,7 @@ def short_cycles(args, data, probe=None):
     plain = Plain(args, data)
     args, mask, first, step = plain.args, dict(plain.dense), plain.args.rewinding_epoch, 0
     masks, point = [plain.dense], plain.state()
-    cycle = round(args.cycle_epochs * math.ceil(len(data.train) / args.batch_size))
+    cycle = math.floor(args.cycle_epochs * math.ceil(len(data.train) / args.batch_size) + 1e-6)
 
     def prune():
         nonlocal step
