@@ -10,7 +10,7 @@ from conftest import Finished, script
 from models import build_model
 from utils import training
 from utils.masks import distance, layer_sparsity, sparsity, sparsity_after
-from utils.scores import magnitude_mask
+from utils.scores import erk_densities, magnitude_mask
 from utils.tickets import load_ticket, write_ticket
 
 SMALL = "--train_samples 16 --test_samples 10".split()
@@ -59,6 +59,19 @@ def test_random_masks_depend_on_seed_and_round_alone(run):
     assert distance(one, number) > 0.3
     assert all(abs(value - TARGET) <= 1 / layer[name].numel() for name, value in layer_sparsity(layer).items())
     assert any(abs(value - TARGET) > 2 / one[name].numel() for name, value in layer_sparsity(one).items())
+
+
+def test_erk_gives_each_layer_its_density(run):
+    mask, other, again = masks(
+        run, "--ticket erk --sparsity_round 2", "--ticket erk --seed 5", "--ticket erk --valid_freq 1"
+    )
+    densities = erk_densities({name: m.shape for name, m in mask.items()}, 1 - TARGET)
+    assert max(densities.values()) == 1 > min(densities.values())
+    for name, m in mask.items():
+        assert int(m.sum()) == pytest.approx(densities[name] * m.numel(), abs=2), name
+    assert sparsity(mask) == pytest.approx(TARGET, abs=1e-4)
+    assert same(mask, again)
+    assert distance(mask, other) > 0.3
 
 
 def test_snip_looks_at_the_samples_it_is_told_to(run):
