@@ -69,9 +69,8 @@ class Plain:
     def epoch(self, epoch, timesteps, level, mask, rate_epoch=None, after_step=None):
         args, train = self.args, self.data.train
         rate_epoch = epoch if rate_epoch is None else rate_epoch
-        self.optimizer.param_groups[0]["lr"] = (
-            args.learning_rate / 2 * (1 + math.cos(math.pi * rate_epoch / args.end_iter))
-        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.learning_rate / 2 * (1 + math.cos(math.pi * rate_epoch / args.end_iter))
         order = torch.randperm(len(train), generator=generator(args, "shuffle", level, epoch))
         drawn = draw(train.spec.recipe, len(train), (32, 32), generator(args, "augment", level, epoch))
         self.model.train()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from plain import eb, gradual, imp, short_cycles
+from plain_rewiring import admm, deep_r, grad_r
 
 from utils import training
 from utils.data import balanced_part, load_data
@@ -18,7 +19,7 @@ from utils.training import Trainer, learning_rate
 
 SMALL = "--train_samples 16 --test_samples 10".split()
 PLAIN = {"laterewindlth": imp, "earlyT_laterewindlth": imp, "earlybird": eb, "earlyT_earlybird": eb}
-PLAIN |= {"gradual": gradual, "shortcycle": short_cycles}
+PLAIN |= {"gradual": gradual, "shortcycle": short_cycles, "deeprewiring": deep_r, "gradrewiring": grad_r, "admm": admm}
 # every line changes one thing that the loops must agree about
 CASES = [
     ("laterewindlth", "--rewinding_epoch 0 --pruning_scope local --valid_freq 50"),
@@ -38,6 +39,10 @@ CASES = [
     ("gradual", "--dense_epochs 1 --sparsity 90"),
     ("gradual", "--regrow 0.5 --pruning_scope local"),
     ("gradual", "--regrow 0.5 --dense_epochs 1 --early_time --early_time_epoch 1 --early_time_threshold 1.5"),
+    ("deeprewiring", "--l1 0.1 --noise 0.1 --sparsity 80"),
+    ("deeprewiring", "--l1 0.3 --from_dense"),
+    ("gradrewiring", "--trials 2 --trial_epochs 2 --sparsity 80"),
+    ("admm", "--admm_epochs 2 --rho 0.1 --pruning_scope local"),
     ("shortcycle", "--cycle_epochs 1.5 --evaluate_levels 0 1 2"),
     ("shortcycle", "--cycle_epochs 0.5 --rewinding_epoch 0 --pruning_scope local"),
     ("shortcycle", "--rewinding_epoch 2 --early_time --early_time_epoch 1 --early_time_threshold 1.5"),
