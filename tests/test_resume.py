@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import FLAGS, ROOT, Finished, script
+from conftest import FLAGS, ROOT, TIME, Finished, script
 
 from utils import stages, training
 from utils.files import read_metadata, read_tensors
@@ -66,13 +66,13 @@ RUNS = [
     ("deeprewiring", "--l1 0.1 --noise 0.1"),
     ("deeprewiring", "--from_dense --l1 0.1 --valid_samples 20"),
     ("gradrewiring", "--trials 2 --trial_epochs 2 --end_iter 3"),
-    ("admm", "--admm_epochs 2 --end_iter 3"),
-    ("gradual", "--regrow 0.5 --dense_epochs 1 --prune_until 3 --early_time --early_time_epoch 2"),
-    ("shortcycle", "--cycle_epochs 1.5 --early_time --early_time_epoch 2 --end_iter 3"),
+    ("admm", "--admm_epochs 2 --end_iter 2"),
+    ("gradual", f"--regrow 0.5 --dense_epochs 1 --prune_until 3 --early_time {TIME}"),
+    ("shortcycle", f"--cycle_epochs 1.5 --end_iter 3 --early_time {TIME}"),
 ]
 
 
-@pytest.mark.parametrize(("method", "more"), RUNS, ids=[f"{method} {more}".split(" --e")[0] for method, more in RUNS])
+@pytest.mark.parametrize(("method", "more"), RUNS, ids=[f"{method} {more}"[:40] for method, more in RUNS])
 def test_killed_in_every_second_epoch(tmp_path, monkeypatch, method, more):
     """Every second epoch is killed once, when it is in the log and not in a checkpoint."""
     flags = command(tmp_path / "killed", method, *more.split())
