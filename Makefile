@@ -2,21 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := --dataset digits --arch alexnet --width 0.125 --v_threshold 0.5 --timestep 4 --batch_size 16 \
+	--learning_rate 0.1 --end_iter 6 --valid_freq 3 --prune_percent 75 --prune_iterations 4 --output_dir runs/demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 .PHONY: help demo report test test-all bench lint clean
 
 help:
-	@echo "make demo      EB + ET on handwritten digits, and the report of this run"
+	@echo "make demo      IMP and a random ticket on handwritten digits, and their report"
 	@echo "make report    tables, figures and one page from runs/"
 	@echo "make test      the fast tests        make test-all   all tests        make lint   ruff"
 	@echo "make bench     speed against the authors' style; make bench ARGS=--quick"
 	@echo "make clean     removes $(VENV) and caches"
 
 demo: $(VENV)/ready
-	$(BIN)/python train_snn_earlyT_earlybird.py --dataset digits --arch vgg16 --width 0.25 --batch_size 16 \
-		--learning_rate 0.1 --end_iter 12 --valid_freq 4 --sparsity_round 8 --eb_window 3 --eb_tolerance 0.05 \
-		--exp_name demo
+	$(BIN)/python train_snn_laterewindlth.py $(DEMO) --rewinding_epoch 1
+	$(BIN)/python train_snn_oneshot.py $(DEMO) --ticket random --sparsity_round 3
 	$(BIN)/python report.py runs/demo --out runs/demo-report
 
 report: $(VENV)/ready

@@ -17,6 +17,7 @@ PAGES = [
 ]
 WITH_COMMANDS = [path for path in PAGES if path.name != "extending.md"]  # test_extending.py runs those
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in WITH_COMMANDS).replace("\\\n", " ")
+TEXT = TEXT.replace("$(DEMO)", re.search(r"^DEMO := (.*)", TEXT, re.MULTILINE)[1])
 # in a line for Slurm, a command ends before its quotation mark or semicolon
 COMMANDS = re.findall(r"python (train_snn_\w+)\.py *([^';\n]*)", TEXT)
 
