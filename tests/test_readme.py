@@ -31,7 +31,7 @@ def test_every_script_is_shown():
 
 
 @pytest.mark.parametrize(("name", "flags"), sorted(set(COMMANDS)))
-def test_commands_parse(name, flags, monkeypatch, finished):
+def test_commands_parse(name, flags, monkeypatch, finished, tmp_path):
     def parsed(*_, **__):
         raise Parsed
 
@@ -39,6 +39,8 @@ def test_commands_parse(name, flags, monkeypatch, finished):
     words = [str(saved) if word.endswith(".safetensors") else word for word in shlex.split(flags)]
     script = importlib.import_module(name)
     monkeypatch.setattr(script, "start", parsed)
+    (tmp_path / "DIR" / "NAME").mkdir(parents=True)  # where the page says that images are
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(Parsed):
         script.main([word.replace("$SLURM_ARRAY_TASK_ID", "1") for word in words])
 
