@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import utils.datasets
+import utils.trees
 from utils.augment import Recipe, augment, draw, normalise
 from utils.data import Data, Split, balanced_part, enlarged, load_data
 from utils.datasets import DATASETS, Spec, load_arrays
@@ -304,7 +304,7 @@ def test_cache_is_used_until_the_tree_changes(tmp_path, monkeypatch):
     make_tree(tmp_path / "bugs")
     first = load("bugs", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(utils.datasets, "_decode", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(utils.trees, "_decode", lambda *_: pytest.fail("decoded again"))
         again = load("bugs", tmp_path)
     assert again.checksum() == first.checksum()
     changed = tmp_path / "bugs" / "train" / "bee" / "1.png"
@@ -320,14 +320,14 @@ def test_cache_is_used_until_the_tree_changes(tmp_path, monkeypatch):
 
 def test_tree_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     make_tree(tmp_path / "bugs")
-    real = utils.datasets._decode
+    real = utils.trees._decode
 
     def decode(samples, channels):
         Image.new("RGB", (32, 32), "red").save(samples[-1][0])
         return real(samples, channels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils.datasets, "_decode", decode)
+        patch.setattr(utils.trees, "_decode", decode)
         with pytest.raises(InputError, match="bugs/train"):
             load("bugs", tmp_path)
     assert len(load("bugs", tmp_path).train) == 6
