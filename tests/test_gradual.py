@@ -1,7 +1,5 @@
 """Gradual pruning: how the sparsity rises, its two networks, and what they cost."""
 
-import math
-
 import pytest
 import torch
 
@@ -82,7 +80,7 @@ def test_both_networks_have_the_mask_and_the_ticket_the_weights_after_the_dense_
     assert [row["epoch"] for row in run.stage("train", 2)] == list(range(dense_epochs, 4))
 
 
-@pytest.mark.parametrize("more", [SIX, EARLY], ids=["T", "early time"])
+@pytest.mark.parametrize("more", [pytest.param(SIX, marks=pytest.mark.slow), EARLY], ids=["T", "early time"])
 def test_costs_of_both_networks(run, more):
     gradual = run("gradual", *more)
     search, rest, train = (gradual.stage(phase, None) for phase in ("search", "in_place", "train"))
@@ -107,20 +105,3 @@ def test_costs_of_both_networks(run, more):
         assert (row["timesteps"], row["test_accuracy"]) == (4, own[-1]["test_accuracy"])
     assert in_place["train_seconds"] == 0
     assert ticket["train_seconds"] == pytest.approx(sum(row["seconds"] for row in train))
-
-
-def test_what_is_pruned_loses_its_momentum_and_only_that(run, monkeypatch):
-    seen, commit = [], stages.Stage.commit
-
-    def look(self, epoch, row, last=False):
-        if self.phase == "search":
-            model, optimizer, mask = (self.state[name] for name in ("model", "optimizer", "mask"))
-            buffers = {name: optimizer.state[model.get_parameter(name)]["momentum_buffer"] for name in mask}
-            seen.extend((mask[name].clone(), buffers[name].clone()) for name in mask)
-        commit(self, epoch, row, last)
-
-    monkeypatch.setattr(stages.Stage, "commit", look)
-    run("gradual", *SMALL, "--sparsity", "50")
-    assert all((memory[~mask] == 0).all() for mask, memory in seen)
-    assert all((memory[mask] != 0).any() for mask, memory in seen)
-    assert math.prod(mask.all().item() for mask, _ in seen) == 0

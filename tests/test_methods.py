@@ -36,20 +36,24 @@ CASES = [
         "--eb_distance jaccard --eb_tolerance 0.05 --prune_percent 80 --learning_rate 0.3 --pruning_scope local",
     ),
     ("earlyT_earlybird", "--eb_window 9 --early_time_threshold 0.9 --early_time_epoch 2"),
-    ("gradual", "--dense_epochs 1 --sparsity 90"),
-    ("gradual", "--regrow 0.5 --pruning_scope local"),
+    pytest.param("gradual", "--dense_epochs 1 --sparsity 90", marks=pytest.mark.slow),
+    pytest.param("gradual", "--regrow 0.5 --pruning_scope local", marks=pytest.mark.slow),
     ("gradual", "--regrow 0.5 --dense_epochs 1 --early_time --early_time_epoch 1 --early_time_threshold 1.5"),
     ("deeprewiring", "--l1 0.1 --noise 0.1 --sparsity 80"),
-    ("deeprewiring", "--l1 0.3 --from_dense"),
+    pytest.param("deeprewiring", "--l1 0.3 --from_dense", marks=pytest.mark.slow),
     ("gradrewiring", "--trials 2 --trial_epochs 2 --sparsity 80"),
     ("admm", "--admm_epochs 2 --rho 0.1 --pruning_scope local"),
     ("shortcycle", "--cycle_epochs 1.5 --evaluate_levels 0 1 2"),
-    ("shortcycle", "--cycle_epochs 0.5 --rewinding_epoch 0 --pruning_scope local"),
-    ("shortcycle", "--rewinding_epoch 2 --early_time --early_time_epoch 1 --early_time_threshold 1.5"),
+    pytest.param("shortcycle", "--cycle_epochs 0.5 --rewinding_epoch 0 --pruning_scope local", marks=pytest.mark.slow),
+    pytest.param(
+        "shortcycle",
+        "--rewinding_epoch 2 --early_time --early_time_epoch 1 --early_time_threshold 1.5",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("method", "more"), CASES, ids=[f"{method} {more}" for method, more in CASES])
+@pytest.mark.parametrize(("method", "more"), CASES)
 def test_script_is_the_plain_loop(run, method, more):
     script = run(method, *SMALL, *shlex.split(more))
     data = load_data(Namespace(**script.args))

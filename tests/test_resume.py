@@ -64,7 +64,7 @@ RUNS = [
     ("oneshot", "--ticket magnitude --search_timestep 2 --control shuffle"),
     ("oneshot", "--ticket snip --snip_samples 10"),
     ("deeprewiring", "--l1 0.1 --noise 0.1"),
-    ("deeprewiring", "--from_dense --l1 0.1 --valid_samples 20"),
+    pytest.param("deeprewiring", "--from_dense --l1 0.1 --valid_samples 20", marks=pytest.mark.slow),
     ("gradrewiring", "--trials 2 --trial_epochs 2 --end_iter 3"),
     ("admm", "--admm_epochs 2 --end_iter 2"),
     ("gradual", f"--regrow 0.5 --dense_epochs 1 --prune_until 3 --early_time {TIME}"),
@@ -72,7 +72,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "more"), RUNS, ids=[f"{method} {more}"[:40] for method, more in RUNS])
+@pytest.mark.parametrize(("method", "more"), RUNS)
 def test_killed_in_every_second_epoch(tmp_path, monkeypatch, method, more):
     """Every second epoch is killed once, when it is in the log and not in a checkpoint."""
     flags = command(tmp_path / "killed", method, *more.split())

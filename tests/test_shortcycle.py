@@ -36,9 +36,12 @@ def epochs_of(run, phase, level=0):
     return [row["epoch"] for row in run.stage(phase, level)]
 
 
-@pytest.mark.parametrize(("cycle", "steps", "first"), [("0.4", 2, 1), ("1", 5, 0), ("1.4", 7, 1), ("0.01", 1, 1)])
+SLOW = [pytest.param(*values, marks=pytest.mark.slow) for values in (("1", 5, 0), ("0.01", 1, 1))]
+
+
+@pytest.mark.parametrize(("cycle", "steps", "first"), [("0.4", 2, 1), ("1.4", 7, 1), *SLOW])
 def test_a_cycle_may_be_a_part_of_an_epoch(run, prunings, cycle, steps, first):
-    flags = [*SMALL, "--cycle_epochs", cycle, "--rewinding_epoch", str(first), "--end_iter", "3", *ALL]
+    flags = [*SMALL, "--cycle_epochs", cycle, "--rewinding_epoch", str(first), "--end_iter", "2", *ALL]
     short = run("shortcycle", *flags)
     assert prunings == [5 * first + steps, 5 * first + 2 * steps]
     until = first + math.ceil(2 * steps / 5)
@@ -53,7 +56,7 @@ def test_a_cycle_may_be_a_part_of_an_epoch(run, prunings, cycle, steps, first):
         seconds = sum(share * one["seconds"] for share, one in zip(shares, search, strict=True))
         assert row["search_seconds"] == pytest.approx(seconds)
         own = short.stage("train", row["level"])
-        assert [one["epoch"] for one in own] == list(range(first, 3))
+        assert [one["epoch"] for one in own] == list(range(first, 2))
         assert row["train_seconds"] == pytest.approx(sum(one["seconds"] for one in own))
 
 
@@ -89,7 +92,7 @@ def test_the_search_has_the_rate_of_the_rewind_epoch(finished):
     assert {row["lr"] for row in run.stage("search")} == {rates[1]}
 
 
-@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("first", [0, *(pytest.param(epoch, marks=pytest.mark.slow) for epoch in (1, 2))])
 def test_the_default_is_one_training_in_all(run, prunings, first):
     """Also where the cycles are not whole numbers of steps."""
     run = run("shortcycle", *SMALL, "--rewinding_epoch", str(first), "--prune_iterations", "4")
@@ -100,7 +103,7 @@ def test_the_default_is_one_training_in_all(run, prunings, first):
 
 def test_cycles_longer_than_a_training_leave_its_schedule_alone(run):
     """Two cycles of five epochs, where a training has three; each ticket is pruned from what the one before became."""
-    flags = [*SMALL, "--rewinding_epoch", "1", "--end_iter", "3"]
+    flags = [*SMALL, "--train_samples", "8", "--rewinding_epoch", "1", "--end_iter", "3"]
     long = run("shortcycle", *flags, "--cycle_epochs", "5", *ALL)
     short = run("shortcycle", *flags, "--cycle_epochs", "1", *ALL, "--exp_name", "short")
     assert epochs_of(long, "search") == list(range(1, 11))
@@ -119,7 +122,7 @@ def test_cycles_longer_than_a_training_leave_its_schedule_alone(run):
 
 def test_with_early_time_the_search_runs_with_fewer_timesteps_and_costs_less(run):
     flags = "--early_time --early_time_epoch 2 --early_time_threshold 1.5 --early_time_samples 20 --cycle_epochs 1"
-    early = run("shortcycle", *SMALL, *flags.split(), *ALL)
+    early = run("shortcycle", *SMALL, "--train_samples", "16", *flags.split(), *ALL)
     (chosen,) = [row["early_time"] for row in early.stage("search") if "early_time" in row]
     assert chosen < 4
     assert [row["timesteps"] for row in early.stage("dense") + early.stage("search")] == [4, 4, chosen]
