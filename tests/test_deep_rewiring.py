@@ -84,8 +84,10 @@ def test_penalty_and_noise_act_on_active_strengths_alone():
     assert abs(noise.mean().item()) < 3e-4
 
 
-def test_dormant_connections_are_drawn_uniformly():
-    alive, draws = torch.arange(60) % 3 == 0, torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("size", [60, 100])  # most of the entries are dormant, or most are alive
+def test_dormant_connections_are_drawn_uniformly(size):
+    alive, draws = torch.arange(size) % 3 == 0, torch.Generator().manual_seed(0)
+    alive[60:] = True
     drawn = torch.stack([_draw_dormant(alive, 7, draws) for _ in range(2000)])
     assert (drawn.sum(1) == 7).all()
     assert not (drawn & alive).any()
@@ -98,9 +100,11 @@ def test_dormant_connections_are_drawn_uniformly():
     assert (pairs - usual).abs().nan_to_num(0).max() < 6 * usual**0.5, "no two are drawn together more than others"
 
 
+@pytest.mark.parametrize("size", [60, 100])
 @pytest.mark.parametrize("count", [-3, 0, 1, 20, 40])
-def test_as_many_are_drawn_as_are_wanted(count):
-    alive = torch.arange(60) % 3 == 0
+def test_as_many_are_drawn_as_are_wanted(count, size):
+    alive = torch.arange(size) % 3 == 0
+    alive[60:] = True
     drawn = _draw_dormant(alive, count, torch.Generator().manual_seed(0))
     assert drawn.sum() == max(0, count)
     assert not (drawn & alive).any()

@@ -101,9 +101,13 @@ def deep_rewiring(
 
 def _draw_dormant(alive: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """bool [n]: ``count`` of the entries that are not in ``alive`` [n], uniformly without replacement; none if the
-    count is not positive. Draws anywhere and passes over what is taken: nearly all is dormant."""
+    count is not positive."""
     taken = alive.clone()
-    while count > 0:
+    if 2 * int(alive.count_nonzero()) > len(alive):
+        dormant = (~alive).nonzero().flatten()
+        taken[dormant[torch.randperm(len(dormant), generator=generator)[: max(count, 0)].to(alive.device)]] = True
+        return taken & ~alive
+    while count > 0:  # where most is dormant it is faster to draw anywhere, and pass over what is taken
         drawn = torch.randint(len(alive), (count,), generator=generator).unique().to(alive.device)
         drawn = drawn[~taken[drawn]]
         taken[drawn] = True
