@@ -5,15 +5,17 @@ standard deviation and how many they are. The paper's Table 1 stands next to it.
 as far as they are; one that cannot be read is named, and left out.
 
     python report.py runs/ --out report/
+    python report.py runs/ --status
 
-Written: report.html (self-contained), tables.md, tables.csv, figures/*.png and figures/*.svg.
+Written: report.html (self-contained), tables.md, tables.csv, figures/*.png and figures/*.svg; with --status nothing:
+how far each run is is printed.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from reporting.page import write_report
+from reporting.status import status
 from utils.files import InputError
 
 
@@ -23,8 +25,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="folder of runs (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: report)")
+    parser.add_argument("--status", action="store_true", help="print how far each run is, and write nothing")
     args = parser.parse_args(argv)
     try:
+        if args.status:
+            print(status(args.runs))
+            return
+        from reporting.page import write_report  # slow to import
+
         write_report(args.runs, args.out)
     except (InputError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)

@@ -19,7 +19,8 @@ ARGS_REQUIRED = {
 }
 ARGS_OPTIONAL = {
     **dict.fromkeys(("train_samples", "test_samples", "valid_samples", "search_timestep", "rewinding_epoch"), int),
-    **dict.fromkeys(("eb_tolerance", "early_time_threshold", "cycle_epochs"), NUMBER),
+    **dict.fromkeys(("prune_until", "trial_epochs", "early_time_epoch", "sparsity_round"), int),
+    **dict.fromkeys(("eb_tolerance", "early_time_threshold", "cycle_epochs", "sparsity", "prune_percent"), NUMBER),
     "early_time": bool,
     "ticket_origin": dict,
 }
