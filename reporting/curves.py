@@ -3,7 +3,7 @@
 import pandas as pd
 
 from .drawing import Panel, Plot, plot, points_of
-from .experiments import Experiment, Section
+from .experiments import Experiment, Section, dense_name
 
 EPOCHS = "epochs of training"
 DENSE = ("#777777", ".", "--")
@@ -21,11 +21,14 @@ def few(experiments: list[Experiment], most: int = 8) -> tuple[list[Experiment],
 def learning_curves(section: Section, styles: dict[str, tuple]) -> Plot | None:
     """Loss and test accuracy over the epochs of each experiment's sparsest ticket, and of the dense network."""
     chosen, others = few([e for e in section.experiments if any(run.rows for run in e.runs)])
-    stages = [(f"{label}, dense", cell.rows["epochs"], DENSE) for label, cell in filter(None, [section.dense()])]
+    stages = [(dense_name(label), cell.rows["epochs"], DENSE) for label, cell in filter(None, [section.dense()])]
+    chosen = [e for e in chosen if not (stages and e.cells and e.cells[-1].column == 0)]  # that is the dense network
     stages += [(*_sparsest(experiment), styles[experiment.label]) for experiment in chosen]
 
     def points(runs, field: str) -> pd.DataFrame:
-        values = [(row["epoch"] + 1, row.get(field)) for rows in runs for row in rows]
+        # stages may overlap: the rewind point may lie before the epoch at which Early-Time decides
+        once = [{row["epoch"]: row for row in rows}.values() for rows in runs]
+        values = [(row["epoch"] + 1, row.get(field)) for rows in once for row in rows]
         return points_of(pd.DataFrame(values, columns=["epoch", field]).astype(float), "epoch", field)
 
     panels = [
@@ -49,7 +52,8 @@ def _sparsest(experiment: Experiment) -> tuple[str, list[list[dict]]]:
         cell = experiment.cells[-1]
         return f"{experiment.label}, {cell.column:.4g} %", list(cell.rows["epochs"])
     started = [run for run in reversed(experiment.runs) if run.rows]
-    first = {run.args["round"]: run.epochs(run.rows[-1]["level"]) for run in started}  # a round counts once
+    now = started[-1].rows[-1]["level"]
+    first = {run.args["round"]: run.epochs(now) for run in started}  # a round counts once
     return f"{experiment.label}, not finished", list(first.values())
 
 

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import mode
+from statistics import fmean, mode
 from typing import NamedTuple
 
 import pandas as pd
@@ -29,7 +29,10 @@ from .settings import (
     usual_settings,
 )
 
-OTHERS = ("ticket", "level", "round", "folder", "column", "timing", "layers", "firing_rates", "settled", "epochs")
+OTHERS = (
+    *("ticket", "level", "round", "folder", "column", "timing", "checksum"),
+    *("layers", "firing_rates", "settled", "epochs"),
+)
 SAME = 0.01  # two densities that differ by less than this share are one sparsity: whole weights are pruned
 
 
@@ -61,6 +64,16 @@ class Cell:
         return Counter(
             name for rates in self.rows["firing_rates"].dropna() for name, rate in rates.items() if rate == 0
         )
+
+    @property
+    def tickets(self) -> int:
+        """How many tickets stand behind its rounds: several rounds may train one that was saved."""
+        return self.rows["checksum"].fillna(self.rows["folder"]).nunique()
+
+    @property
+    def repeats_training(self) -> bool:
+        """Whether rounds train one saved ticket: repetitions of its training and not of the search."""
+        return self.tickets < len(self.rows)
 
     @property
     def in_place(self) -> bool:
@@ -208,6 +221,7 @@ def _tickets(runs: list[Run], columns: list[float]) -> pd.DataFrame:
             "round": run.args["round"],
             "folder": run.folder,
             "timing": run.timing,
+            "checksum": run.args.get("ticket_checksum"),
             "layers": row.get("layers") or None,
             "firing_rates": row.get("firing_rates") or None,
             "epochs": run.epochs(row["level"]),
@@ -217,16 +231,24 @@ def _tickets(runs: list[Run], columns: list[float]) -> pd.DataFrame:
         for row in run.results
     ]
     frame = pd.DataFrame(rows, columns=[*NUMBERS, *OTHERS]).astype(dict.fromkeys(NUMBERS, float))
+    frame["firing_rate"] = [fmean(rates.values()) if rates else None for rates in frame["firing_rates"]]  # of layers
     reached = runs[0].args["method"] in REACHED
     listed = frame.groupby("ticket")["sparsity"].transform("mean") if reached else frame["sparsity"]
     frame["column"] = listed.map(lambda sparsity: _column(sparsity, columns, reached)).astype(float)
     once = frame.drop_duplicates(["column", "ticket", "round"])
     counted = once.sort_values(["column", "ticket"], kind="stable", ignore_index=True)
-    machines = counted.groupby(["column", "ticket"])["timing"].transform("nunique")
-    counted["one_machine"] = machines == 1
+    timings = counted.groupby(["column", "ticket"])["timing"]
+    counted["one_machine"] = (timings.transform("nunique") == 1) & (
+        timings.transform("count") == timings.transform("size")
+    )
     for field in SECONDS:
         counted[f"comparable_{field}"] = counted[field].where(counted["one_machine"])
     return counted
+
+
+def dense_name(label: str) -> str:
+    """What the dense network is called, by the label of the experiment that it is of; a variant is named."""
+    return f"dense{label.removeprefix('IMP')}"
 
 
 def against_dense(cell: Cell, dense: Cell) -> tuple[Spread, Spread] | None:

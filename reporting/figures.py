@@ -7,7 +7,7 @@ from matplotlib import style
 
 from .curves import divergence_over_epochs, early_time_and_threshold, few, learning_curves
 from .drawing import SPARSITY, Panel, Plot, plot, points_of, styles_of
-from .experiments import Experiment, Section, base_of
+from .experiments import Experiment, Section, base_of, dense_name
 from .search_cost import accuracy_and_cost
 from .settings import METHODS, key_of
 from .tables import shown_columns
@@ -101,7 +101,7 @@ def _over_sparsity(
 def _dense(section: Section, experiments: list[Experiment]) -> list[tuple[str, float]]:
     """Accuracy of the dense network, of the SNN, of the ANN or of both, as the experiments are."""
     found = filter(None, (section.dense(ann) for ann in sorted({experiment.ann for experiment in experiments})))
-    return [(f"dense{label.removeprefix('IMP')}", cell.rows["test_accuracy"].mean()) for label, cell in found]
+    return [(dense_name(label), cell.rows["test_accuracy"].mean()) for label, cell in found]
 
 
 def _varied(section: Section, flag: str) -> list[Experiment]:

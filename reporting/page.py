@@ -13,7 +13,7 @@ from .comparison import paper_table_2, table_2
 from .experiments import sections_of
 from .figures import draw_all
 from .remarks import remarks
-from .runs import read_runs
+from .runs import Run, read_runs
 from .tables import cost_table, every_ticket, overview, paper_table, table_1, tables_csv
 
 
@@ -49,7 +49,9 @@ def write_report(root: Path, out: Path) -> None:
         }
         for section in sections
     ]
-    context = {"runs": runs, "left_out": left_out, "sections": views, "plots_of_all": plots[""]}
+    unfinished = {run.folder: how_far(run) for run in runs if not run.finished}
+    context = {"runs": runs, "unfinished": unfinished, "left_out": left_out, "sections": views}
+    context["plots_of_all"] = plots[""]
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for plot in (plot for of_section in plots.values() for plot in of_section):
         write_bytes(out / "figures" / f"{plot.name}.svg", plot.svg)
@@ -58,6 +60,16 @@ def write_report(root: Path, out: Path) -> None:
     write_text(out / "tables.md", render("template.md.jinja", **context))
     write_text(out / "report.html", render("template.html.jinja", **context))
     print(f"runs: {len(runs)}, left out: {len(left_out)}, report: {out / 'report.html'}")
+
+
+def how_far(run: Run) -> str:
+    """What there is of a run that is not finished: only the tickets that it has trained so far count."""
+    done = f"{len(run.rows)} epochs, {len(run.results)} trained tickets"
+    if not run.rows:
+        return done
+    last = run.rows[-1]
+    level = "" if last["level"] is None else f" of level {last['level']}"
+    return f"{done}, last: {last['phase']}{level}, epoch {last['epoch'] + 1} of {run.args['end_iter']}"
 
 
 def render(template: str, **context) -> str:

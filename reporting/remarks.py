@@ -6,22 +6,22 @@ from .text import percent
 
 
 def remarks(section: Section) -> list[str]:
-    """Repeated rounds, changes of the source, differences from the paper, silent layers, Early-Bird, machines."""
+    """Repeated rounds and tickets, other source, differences from the paper, silent layers, Early-Bird, machines."""
     repeated = [
         f"{run.folder} repeats a round of {e.label} that another run has reported; it is counted once."
         for e in section.experiments
         for run in e.runs
         if len(run.results) > (e.tickets["folder"] == run.folder).sum()
     ]
-    sources = {
-        e.label: _together((now.get("source"), run.folder) for run in e.runs for now in run.circumstances)
+    saved = "; ".join(
+        f"{e.label} at {percent(cell.column)}, {len(cell.rows)} rounds, tickets: {cell.tickets}"
         for e in section.experiments
-    }
-    changed = [
-        f"Runs of {label} were made by different versions of the source: {'; '.join(map(', '.join, folders.values()))}."
-        for label, folders in sources.items()
-        if len(folders) > 1
-    ]
+        for cell in e.cells
+        if cell.repeats_training
+    )
+    trained_again = (
+        [f"Rounds train the same saved ticket, n counts trainings and not searches: {saved}."] if saved else []
+    )
     silent = _together(
         (
             ", ".join(f"{name} in {n} of {len(cell.rows)} rounds" for name, n in cell.silent.items()),
@@ -37,7 +37,14 @@ def remarks(section: Section) -> list[str]:
         for run in e.runs
         for now in run.circumstances
     )
-    lines = [*repeated, *changed, *_unlike_paper(section), *layers, *_settles_at_once(section)]
+    lines = [
+        *repeated,
+        *trained_again,
+        *_sources(section),
+        *_unlike_paper(section),
+        *layers,
+        *_settles_at_once(section),
+    ]
     return lines + [f"On {name}: {'; '.join(labels)}." for name, labels in machines.items()]
 
 
@@ -47,6 +54,27 @@ def _together(pairs) -> dict:
     for key, value in pairs:
         groups.setdefault(key, {})[value] = None  # a set that keeps its order
     return groups
+
+
+def _sources(section: Section) -> list[str]:
+    """Runs whose source changed while they ran; rounds of an experiment, and experiments of a script, that were made by
+    different source. Checksums of two scripts always differ."""
+    runs = {run.folder: run for e in section.experiments for run in e.runs}
+    moved = [name for name, run in runs.items() if len({now.get("source") for now in run.circumstances}) > 1]
+    lines = [f"The source changed while these ran: {', '.join(moved)}."] if moved else []
+    scripts: dict[str, dict] = {}
+    for e in section.experiments:
+        groups = _together((run.args["circumstances"].get("source"), run.folder) for run in e.runs)
+        if len(groups) > 1:
+            folders = "; ".join(map(", ".join, groups.values()))
+            lines.append(f"Rounds of {e.label} were made by different source: {folders}.")
+        script = scripts.setdefault(e.args.get("script") or e.args["method"], {})
+        script.setdefault(tuple(sorted(map(str, groups))), []).append(e.label)
+    return lines + [
+        f"Experiments of {script} were made by different source: {'; '.join(map(', '.join, groups.values()))}."
+        for script, groups in scripts.items()
+        if len(groups) > 1
+    ]
 
 
 def _unlike_paper(section: Section) -> list[str]:

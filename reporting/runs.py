@@ -8,6 +8,7 @@ from pathlib import Path
 from utils.files import InputError, read_json
 
 FILES = ("args.json", "metrics.jsonl", "results.json")
+TRACES = (*FILES, "summary.txt", "tickets", "checkpoints")  # what tells that a folder is a run's
 # what a time depends on
 TIMING = ("device_name", "threads", "ranks", "versions", "precision", "compile", "channels_last", "cuda_graph")
 NUMBER, NONE = (int, float), type(None)
@@ -71,11 +72,13 @@ class Run:
     finished: bool
 
     @property
-    def timing(self) -> str:
-        """All that its times depend on: times of two runs may be compared if these are equal."""
-        return json.dumps(
-            [[(now | self.args).get(name) for name in TIMING] for now in self.circumstances], sort_keys=True
-        )
+    def timing(self) -> str | None:
+        """All that its times depend on: times of two runs may be compared if these are equal. None if it was resumed
+        on another machine or in another way: its times are of neither."""
+        ways = {
+            json.dumps([(now | self.args).get(name) for name in TIMING], sort_keys=True) for now in self.circumstances
+        }
+        return ways.pop() if len(ways) == 1 else None
 
     @property
     def circumstances(self) -> list[dict]:
@@ -108,10 +111,11 @@ class Run:
 def read_runs(root: Path) -> tuple[list[Run], dict[str, str]]:
     """All runs below a folder, and what is wrong with those that cannot be read, by folder."""
     runs, left_out = [], {}
-    for path in sorted({path.parent for name in FILES for path in root.rglob(name)}):
-        folder = path.relative_to(root).as_posix()
+    found = sorted({path.parent.relative_to(root) for path in root.rglob("*") if path.name in TRACES})
+    for path in (path for path in found if not path.name.startswith(".")):  # a restart deletes what it moved there
+        folder = path.as_posix()
         try:
-            runs.append(read_run(path, folder))
+            runs.append(read_run(root / path, folder))
         except (InputError, OSError) as error:
             left_out[folder] = f"{error}: the run is left out"
     return runs, left_out
@@ -126,9 +130,11 @@ def read_run(path: Path, folder: str) -> Run:
 
     Raises:
         InputError: a file is not what a run writes; the message names the file.
-        OSError: a file cannot be opened; there may be no ``args.json``.
+        OSError: a file cannot be opened.
     """
     args, log, results = (path / name for name in FILES)
+    if not args.exists():
+        raise InputError(f"{args} is missing, which says what was run")
     (found,) = _checked(args, [read_json(args)], ARGS_REQUIRED, ARGS_OPTIONAL)
     if found.get("ticket_origin"):
         _checked(args, [found["ticket_origin"]], {"label": str, "dataset": str, "network": dict})

@@ -1,5 +1,7 @@
 """The figure that says which method to use: accuracy against what the search for a ticket costs."""
 
+from textwrap import fill
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -8,7 +10,7 @@ from matplotlib.transforms import offset_copy
 
 from .comparison import cells_for, shared_columns
 from .drawing import Panel, Plot, plot, put_legend
-from .experiments import Cell, Experiment, Section
+from .experiments import Cell, Experiment, Section, dense_name
 from .settings import key_of
 from .tables import plain_experiments
 
@@ -68,9 +70,9 @@ def _point(cell: Cell) -> tuple:
 
 def _references(section: Section, methods: list[Experiment], column: float) -> dict[str, float]:
     """Mean accuracy in % of the dense network and of a random ticket."""
-    random = [cell for e in methods if e.args["method"] == "oneshot-random" for cell in e.at(column)]
-    found = [("dense", section.dense() and section.dense()[1]), ("random", random[0] if random else None)]
-    return {name: cell.rows["test_accuracy"].mean() for name, cell in found if cell}
+    random = [("random", cell) for e in methods if e.args["method"] == "oneshot-random" for cell in e.at(column)]
+    dense = [(dense_name(label), cell) for label, cell in filter(None, [section.dense()])]
+    return {name: cell.rows["test_accuracy"].mean() for name, cell in [*dense, *random[:1]]}
 
 
 def draw_costs(panels: list[Panel], xlabel: str, styles: dict, references: list[dict[str, float]]) -> Figure:
@@ -94,9 +96,9 @@ def draw_costs(panels: list[Panel], xlabel: str, styles: dict, references: list[
             _draw_points(axis, label, points, styles[label], aside[label])
         ordered = sorted(lines.items(), key=lambda line: line[1])
         for index, (name, accuracy) in enumerate(ordered):
-            axis.axhline(accuracy, color=GREY, linewidth=0.8, linestyle="--" if name == "dense" else ":", zorder=1)
+            axis.axhline(accuracy, color=GREY, linewidth=0.8, linestyle=":" if name == "random" else "--", zorder=1)
             place = "bottom" if index else "top" if len(ordered) > 1 else "center"
-            text = f"{name}\n{accuracy:.1f}"
+            text = f"{fill(name, 12)}\n{accuracy:.1f}"
             axis.annotate(text, (1.01, accuracy), xycoords=axis.get_yaxis_transform(), va=place, size=6.5, color=GREY)
         axis.set_ylabel(panel.label)
     axes[-1].set_xlabel(xlabel)

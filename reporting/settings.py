@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from pathlib import PurePath
 
 from .runs import Run
 
@@ -45,6 +46,8 @@ NO_SETTING = {  # what makes no other experiment of a run
     *("method", "label", "script", "control", "ticket", "ticket_origin", "ticket_checksum"),  # part of the label
     *("early_time", "grow", "from_dense"),  # part of the label, too
 }
+# what the tickets of one source do not share, of what they say of where they are from
+OF_ROUND = ("round", "seed", "ticket", "level", "sparsity")
 OF_EARLY_TIME = {"early_time_epoch", "early_time_threshold", "early_time_samples", "divergence"}
 # section 4.1 of the paper; epochs are those of its four data sets
 PAPER_EPOCHS = {"svhn": 150, "fmnist": 150, "cifar10": 300, "cifar100": 300}
@@ -114,7 +117,7 @@ def settings_of(runs: list[Run]) -> list[dict]:
     known: dict[str, set[str]] = {}  # by method: a flag that only some of its runs know is None in the others
     for run in runs:
         known.setdefault(run.args["method"], set()).update(run.args.keys() - NO_SETTING)
-    tickets: dict[str, dict] = {}  # two tickets of one round are not two rounds of one experiment
+    sources: dict[str, list[dict]] = {}  # tickets of two sources are not two rounds of one experiment
     found = []
     for args in (run.args for run in runs):
         ignored = {"timestep"} if args["neuron"] == "relu" else set()  # time does not change an ANN
@@ -124,12 +127,31 @@ def settings_of(runs: list[Run]) -> list[dict]:
         settings = {flag: args.get(flag) for flag in sorted(known[args["method"]] - ignored)}
         if settings.get("search_timestep") == args["timestep"]:
             settings["search_timestep"] = None
-        if origin := args.get("ticket_origin"):
-            place = key_of([settings, names_of(args), args["method"], args["round"], origin.get("sparsity")])
-            of_round = tickets.setdefault(place, {})
-            settings["other ticket"] = of_round.setdefault(args.get("ticket_checksum"), len(of_round)) or None
+        if args.get("ticket_origin"):
+            place = key_of([settings, names_of(args), args["method"]])
+            settings["other ticket"] = _source_of(args, sources.setdefault(place, [])) or None
         found.append(settings)
     return found
+
+
+def _source_of(args: dict, sources: list[dict]) -> int:
+    """The number of the source of a run's saved ticket; one that is new is added.
+
+    The tickets of one source say the same of where they are from but for the round and how sparse they are, and lie
+    below one experiment's folder. It has one ticket for each round, of its own and of the runs that train them.
+    """
+    origin, checksum = args["ticket_origin"], args.get("ticket_checksum")
+    experiment = PurePath(str(args.get("ticket"))).parts[-4:-3]  # of EXPERIMENT/RUN/tickets/FILE
+    ticket = origin.get("ticket", origin.get("sparsity"))
+    facts = {"search": [experiment, {name: value for name, value in origin.items() if name not in OF_ROUND}]}
+    facts |= {("trained", args["round"], ticket): checksum}
+    facts |= {("found", origin.get("round", args["round"]), ticket): checksum}
+    for number, source in enumerate(sources):
+        if all(source.get(name, value) == value for name, value in facts.items()):
+            source.update(facts)
+            return number
+    sources.append(facts)
+    return len(sources) - 1
 
 
 def usual_settings(settings: list[dict]) -> dict:

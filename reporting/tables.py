@@ -8,14 +8,14 @@ import pandas as pd
 from .experiments import Cell, Experiment, Section, Spread, against_dense, base_of, same_sparsity, spread
 from .runs import COSTS, NUMBERS
 from .settings import PAPER_SETTING, SIZE
-from .text import Table, accuracy_of, duration, marks, measured, number, percent, search_of, significant, whole, with_n
+from .text import Table, accuracy_of, duration, marks, measured, percent, search_of, significant, whole, with_n
 
 PAPER_TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "paper" / "table1.csv"
 PAPER_SPARSITIES = [100 * (1 - 0.75**prunings) for prunings in (4, 8, 11, 14)]
 GAINS = ("delta_accuracy", "speed_gain", "cost_gain")
 CSV_FIELDS = [
-    *(*SIZE, "experiment", "method", "ticket", "level", "column", "n", "rounds"),
-    *(f"{name}_{what}" for name in (*NUMBERS, *GAINS, "against_dense") for what in ("mean", "std", "n")),
+    *(*SIZE, "experiment", "method", "timestep", "ticket", "level", "column", "n", "tickets", "rounds", "dense"),
+    *(f"{name}_{what}" for name in (*NUMBERS, "firing_rate", *GAINS, "against_dense") for what in ("mean", "std", "n")),
     *(f"paper_{name}" for name in ("accuracy", "hours", "delta_accuracy", "speed_gain")),
 ]
 
@@ -73,7 +73,8 @@ def gains(early: Experiment, section: Section) -> dict[float, dict[str, Spread |
     pairs["delta_accuracy"] = pairs["test_accuracy"] - pairs["test_accuracy_base"]
     time, cost = (pairs[f"{field}_base"] / pairs[field] for field in ("search_seconds", "search_timestep_epochs"))
     searched = (pairs["search_timestep_epochs"] > 0) & (pairs["search_timestep_epochs_base"] > 0)
-    pairs["speed_gain"] = time.where(searched & (time > 0) & (pairs["timing"] == pairs["timing_base"]))
+    alike = pairs["timing"].notna() & (pairs["timing"] == pairs["timing_base"])
+    pairs["speed_gain"] = time.where(searched & (time > 0) & alike)
     pairs["cost_gain"] = cost.where(searched)
     return {column: {name: spread(rows[name]) for name in GAINS} for column, rows in pairs.groupby("column")}
 
@@ -144,20 +145,26 @@ def dense_note(section: Section) -> list[str]:
 
 def overview(section: Section) -> Table:
     """A line for each experiment: its sparsest ticket."""
-    sparsest = {e.label: (e.cells[-1], section.dense(e.ann)) for e in section.experiments if e.cells}
+    sparsest = [
+        (e, e.cells[-1], _against_dense(e.cells[-1], section.dense(e.ann))) for e in section.experiments if e.cells
+    ]
     rows = [
         {
-            "method": label,
+            "method": e.label,
             "sparsest ticket": percent(cell.column),
             "its accuracy (%)": accuracy_of(cell),
-            "against dense": number(cell.rows["test_accuracy"].mean() - dense[1].rows["test_accuracy"].mean(), sign="+")
-            if dense and cell.column
-            else "",
+            "against dense": with_n(measured(change, sign="+"), change) if change else "",
             "its search": search_of(cell),
         }
-        for label, (cell, dense) in sparsest.items()
+        for e, cell, change in sparsest
     ]
-    return Table("Sparsest tickets", rows, dense_note(section) + marks([cell for cell, _ in sparsest.values()]))
+    return Table("Sparsest tickets", rows, dense_note(section) + marks([cell for _, cell, _ in sparsest]))
+
+
+def _against_dense(cell: Cell, dense: tuple[str, Cell] | None) -> Spread | None:
+    """Difference of a sparse ticket to the dense network of the same round, in percent points."""
+    pair = dense and cell.column and against_dense(cell, dense[1])
+    return pair[1] if pair else None
 
 
 def cost_table(section: Section) -> Table:
@@ -210,20 +217,24 @@ def tables_csv(sections: list[Section], paper: list[dict]) -> str:
 
 
 def _csv_row(section: Section, experiment: Experiment, cell: Cell, paper: list[dict]) -> dict:
-    values = {name: cell.spread(name) for name in NUMBERS} | gains(experiment, section).get(cell.column, {})
+    values = {name: cell.spread(name) for name in (*NUMBERS, "firing_rate")} | gains(experiment, section).get(
+        cell.column, {}
+    )
     dense = section.dense(experiment.ann)
-    if pair := dense and cell.column and against_dense(cell, dense[1]):
-        values["against_dense"] = pair[1]
+    values["against_dense"] = _against_dense(cell, dense)
     spreads = {name: value._asdict() for name, value in values.items() if value}
     return {
         **section.size,
         "experiment": experiment.label,
         "method": experiment.args["method"],
+        "timestep": experiment.args["timestep"],
         "ticket": cell.ticket,
         "level": cell.rows["level"].iloc[0],
         "column": cell.column,
         "n": len(cell.rows),
+        "tickets": cell.tickets,
         "rounds": " ".join(map(str, cell.rows["round"])),
+        "dense": dense[0] if values["against_dense"] else None,
         **{f"{name}_{what}": number for name, value in spreads.items() for what, number in value.items()},
         **{f"paper_{name}": value for name, value in paper_row(experiment, section, cell.column, paper).items()},
     }

@@ -8,6 +8,7 @@ from .experiments import Cell, Spread
 
 SILENT = "†"  # marks an accuracy of a network with a layer that does not spike
 MACHINES = "‡"  # stands for a time whose rounds ran on different machines
+REPEATED = "§"  # marks a number of rounds that train one saved ticket
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ def percent(column: float) -> str:
 
 
 def accuracy_of(cell: Cell) -> str:
-    """Accuracy of a ticket with its n, marked where a layer of the network is silent."""
+    """Accuracy of a ticket with its n, marked where a layer of the network is silent, and where n is not of tickets."""
     accuracy = cell.spread("test_accuracy")
-    return with_n(measured(accuracy) + (SILENT if cell.silent else ""), accuracy)
+    text = with_n(measured(accuracy) + (SILENT if cell.silent else ""), accuracy)
+    return text + (REPEATED if cell.repeats_training else "")
 
 
 def search_of(cell: Cell) -> list[str]:
@@ -86,8 +88,17 @@ def marks(cells: list[Cell]) -> list[str]:
         f"{layers}): what follows it may see nothing of the image, and the accuracy is then chance."
     )
     machines = (
-        f"{MACHINES} No time: the rounds differ in the machine, its threads or ranks, in package versions or in "
-        "how the network was computed, and times of different machines have no mean."
+        f"{MACHINES} No time: the rounds, or parts of one, differ in the machine, its threads or ranks, in package "
+        "versions or in how the network was computed, and times of different machines have no mean."
+    )
+    repeated = (
+        f"{REPEATED} Rounds train one saved ticket: their spread is that of its training, and says nothing of other "
+        "searches."
     )
     comparable = [cell.rows["one_machine"].all() for cell in cells]
-    return ([silent] if layers else []) + ([] if all(comparable) else [machines])
+    notes = {
+        silent: bool(layers),
+        machines: not all(comparable),
+        repeated: any(cell.repeats_training for cell in cells),
+    }
+    return [note for note, needed in notes.items() if needed]
