@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import offset_copy
@@ -69,18 +71,22 @@ def plot(
     drawing: Callable[..., Figure] | None = None,
     **options,
 ) -> Plot | None:
-    """A figure of the panels that have points, if there are any.
+    """A figure of the panels that show more than their numbers do in a table, if there are any.
 
     Args:
         section: what it is of; None if of all.
         name: one of ``CAPTIONS``.
-        panels: what to draw; lines without points are left out.
+        panels: what to draw; lines without points are left out, and panels whose lines have one point each.
         xlabel: see ``draw``, and for the options.
         more: what the caption says besides.
-        drawing: draws it; ``draw`` if None.
+        drawing: draws it, one point for each line too; ``draw`` if None.
     """
     found = [{label: points for label, points in panel.lines.items() if len(points)} for panel in panels]
-    panels = [panel._replace(lines=lines) for panel, lines in zip(panels, found, strict=True) if lines]
+    panels = [
+        panel._replace(lines=lines)
+        for panel, lines in zip(panels, found, strict=True)
+        if drawing or any(points.index.nunique() > 1 for points in lines.values())
+    ]
     if not panels:
         return None
     counts = [int(n) for panel in panels for points in panel.lines.values() for n in points["n"]]
@@ -105,7 +111,7 @@ def draw(
     Args:
         panels: what to draw.
         xlabel: of the x axis; ``SPARSITY`` makes that axis even in prunings.
-        styles: colour, marker and dash by label; lines without one get one.
+        styles: colour, marker and dash by label; if None, the lines are steps of one quantity and get steps of colour.
         dense: names and accuracies of dense networks, horizontal lines.
         bands: the spread is a band and not bars, and only some points have a marker.
     """
@@ -113,21 +119,29 @@ def draw(
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     counts = Counter(x for panel in panels for points in panel.lines.values() for x in points.index)
     positions = sorted(counts)
+    styles = styles or _steps(dict.fromkeys(label for panel in panels for label in panel.lines))
     for axis, panel in zip(axes, panels, strict=True):
         if xlabel == SPARSITY:
             _sparsity_axis(axis, counts)
         elif all(x == int(x) for x in positions):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
         for index, (name, accuracy) in enumerate(dense):
-            axis.axhline(accuracy, color="#777777", linewidth=0.8, linestyle=(0, (1 + 4 * index, 2)), label=name)
+            axis.axhline(accuracy, color="#777777", linewidth=0.8, linestyle=(0, (4 - 3 * index, 2)), label=name)
         apart = min(1, 8 / len(panel.lines))  # many lines are less apart
         for index, (label, points) in enumerate(panel.lines.items()):
-            style = (styles or {}).get(label, CYCLE[index])
-            _line(axis, label, points, style, apart * (index - (len(panel.lines) - 1) / 2), bands)
+            _line(axis, label, points, styles[label], apart * (index - (len(panel.lines) - 1) / 2), bands)
         _y_axis(axis, panel)
     axes[-1].set_xlabel(xlabel)
     put_legend(figure, axes, 1.75 * len(panels))
     return figure
+
+
+def _steps(labels: Iterable[str]) -> dict[str, tuple]:
+    """Colours from dark to light, so that none of them reads as a method's, with markers."""
+    labels = list(labels)
+    colours = colormaps["viridis"](np.linspace(0.0, 0.8, len(labels)))
+    looks = zip(colours, MARKERS * (1 + len(labels) // len(MARKERS)), strict=False)
+    return {label: (to_hex(colour), marker, "-") for label, (colour, marker) in zip(labels, looks, strict=False)}
 
 
 def put_legend(figure: Figure, axes: Iterable, height: float) -> None:
@@ -192,6 +206,7 @@ def _y_axis(axis, panel: Panel) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
     elif panel.scale == "percent":
-        axis.set_ylim(top=min(axis.get_ylim()[1], 100))
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, 0), min(high, 100))
     elif panel.scale != "free":
         axis.set_ylim(bottom=0)

@@ -10,11 +10,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from utils.files import InputError, write_bytes, write_text
 
 from .comparison import paper_table_2, table_2
-from .experiments import sections_of
+from .experiments import Section, sections_of
 from .figures import draw_all
+from .one_run import facts, is_one_run, layer_tables
 from .remarks import remarks
 from .runs import Run, read_runs
 from .tables import cost_table, every_ticket, overview, paper_table, table_1, tables_csv
+from .text import Table
 
 
 def write_report(root: Path, out: Path) -> None:
@@ -38,12 +40,7 @@ def write_report(root: Path, out: Path) -> None:
             "title": section.title,
             "count": len(section.experiments),
             "remarks": remarks(section),
-            "overview": overview(section),
-            "tables": [
-                table
-                for table in (table_1(section, paper), table_2(section, paper_2), cost_table(section))
-                if table.rows
-            ],
+            "tables": tables_of(section, paper, paper_2),
             "tickets": every_ticket(section),
             "plots": plots[section.slug],
         }
@@ -60,6 +57,15 @@ def write_report(root: Path, out: Path) -> None:
     write_text(out / "tables.md", render("template.md.jinja", **context))
     write_text(out / "report.html", render("template.html.jinja", **context))
     print(f"runs: {len(runs)}, left out: {len(left_out)}, report: {out / 'report.html'}")
+
+
+def tables_of(section: Section, paper: list[dict], paper_2: list[dict]) -> list[Table]:
+    """The tables of a section that have rows, without the list of every ticket."""
+    one = is_one_run(section)
+    compared = [table_1(section, paper), table_2(section, paper_2)]
+    tables = [facts(section) if one else overview(section), *(compared if len(every_ticket(section).rows) > 1 else [])]
+    tables += [cost_table(section), *(layer_tables(section) if one else [])]
+    return [table.upright() for table in tables if table.rows]
 
 
 def how_far(run: Run) -> str:

@@ -35,13 +35,13 @@ EPOCH_REQUIRED = {
 }
 EPOCH_OPTIONAL = {"loss": NUMBER, "valid_accuracy": NUMBER, "divergences": list, "early_time": int}
 COSTS = {
-    "spikes_per_image": "spikes per image",
-    "synops_per_image": "synaptic operations per image",
-    "macs_per_image": "MACs per image",
-    "dense_macs_per_image": "MACs of the dense ANN per image",
-    "energy_uj_per_image": "energy per image (µJ)",
-    "ann_energy_uj_per_image": "energy of the dense ANN per image (µJ)",
-    "ticket_bytes": "ticket (bytes)",
+    "spikes_per_image": "per image: spikes",
+    "synops_per_image": "per image: synaptic operations",
+    "macs_per_image": "per image: MACs",
+    "energy_uj_per_image": "per image: energy (µJ)",
+    "dense_macs_per_image": "dense ANN: MACs",
+    "ann_energy_uj_per_image": "dense ANN: energy (µJ)",
+    "ticket_bytes": "its file: bytes",
 }
 SECONDS = ("search_seconds", "train_seconds")
 SEARCHED = ("search_timesteps", "search_seconds", "search_epochs", "search_timestep_epochs")

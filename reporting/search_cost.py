@@ -35,12 +35,13 @@ def accuracy_and_cost(section: Section, styles: dict[str, tuple]) -> Plot | None
             if cell.column != column
         }
         points = {e.label: _points(e, column, section, methods) for e in chosen}
+        if sum(map(len, points.values())) < 2:
+            continue  # nothing to compare
         panels.append(Panel(f"accuracy (%) at {column:.4g} %", points, "free"))
         lines.append(_references(section, methods, column))
     more = f" Sparsities that were only reached: {'; '.join(beside)}." if beside else ""
-    found = [line for panel, line in zip(panels, lines, strict=True) if any(map(len, panel.lines.values()))]
     return plot(
-        section, "accuracy-search-cost", panels, XLABEL, more, drawing=draw_costs, styles=styles, references=found
+        section, "accuracy-search-cost", panels, XLABEL, more, drawing=draw_costs, styles=styles, references=lines
     )
 
 

@@ -92,7 +92,7 @@ def table_1(section: Section, paper: list[dict]) -> Table:
     Variants of a method, controls, transferred tickets and ANNs are left to the list of every ticket.
     """
     plain = plain_experiments(section)
-    columns = shown_columns([column for e in plain for column in e.tickets["column"].unique()])
+    columns = shown_columns([column for e in plain for column in e.tickets["column"].unique()], most=4)
     experiments = [e for e in plain if any(e.at(column) for column in columns)]
     rows, of_paper = [], []
     for e in experiments:
@@ -168,17 +168,21 @@ def _against_dense(cell: Cell, dense: tuple[str, Cell] | None) -> Spread | None:
 
 
 def cost_table(section: Section) -> Table:
-    """What a ticket costs to run: spikes, operations and energy per image, and its size."""
-    fields = [name for name in COSTS if any(e.tickets[name].notna().any() for e in section.experiments)]
+    """What a ticket costs to run: firing rate, spikes, operations and energy per image, and its size."""
+    titles = {"firing_rate": "per timestep: firing rate"} | COSTS
+    fields = [name for name in titles if any(e.tickets[name].notna().any() for e in section.experiments)]
     keep = {0.0, *shown_columns([c for e in section.experiments for c in e.tickets["column"].unique()])}
     rows = [
-        {"method": e.label, "sparsity": percent(cell.column)}
-        | {COSTS[name]: significant(value) if (value := cell.spread(name)) else "" for name in fields}
+        {"method": e.label, "sparsity": percent(cell.column), "n": str(len(cell.rows))}
+        | {titles[name]: significant(cell.spread(name), len(cell.rows)) for name in fields}
         for e in section.experiments
         for cell in e.cells
         if cell.column in keep and any(cell.spread(name) for name in fields)
     ]
-    note = "Means ± sample standard deviation over rounds, on the test images, as the runs counted them."
+    note = (
+        "Means ± sample standard deviation over n rounds, on the test images, as the runs counted them, over all "
+        "timesteps. Firing rate: spikes per neuron and timestep, mean of the layers. k, M: thousands, millions."
+    )
     return Table("What a ticket costs to run", rows, [note])
 
 
@@ -195,7 +199,7 @@ def every_ticket(section: Section) -> Table:
             "best (%)": measured(cell.spread("best_test_accuracy")),
             "search T": whole(cell.spread("search_timesteps")),
             "search": search_of(cell),
-            "epochs": whole(cell.spread("search_epochs")),
+            "search epochs": whole(cell.spread("search_epochs")),
             "own training": _own_training(cell),
         }
         for e in section.experiments

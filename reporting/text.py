@@ -1,12 +1,12 @@
 """Numbers as text, and tables of such text."""
 
-from dataclasses import dataclass
-
-from matplotlib.ticker import EngFormatter
+import math
+from dataclasses import dataclass, replace
 
 from .experiments import Cell, Spread
 
 SILENT = "†"  # marks an accuracy of a network with a layer that does not spike
+PREFIXES = ("", "k", "M", "G", "T")
 MACHINES = "‡"  # stands for a time whose rounds ran on different machines
 REPEATED = "§"  # marks a number of rounds that train one saved ticket
 
@@ -21,6 +21,14 @@ class Table:
     title: str
     rows: list[dict[str, str | list[str]]]
     notes: list[str]
+
+    def upright(self) -> "Table":
+        """The table itself; one of a single row is turned, so that its columns are below each other."""
+        if len(self.rows) != 1:
+            return self
+        (name, first), *rest = self.rows[0].items()
+        title = first if isinstance(first, str) else ", ".join(first)
+        return replace(self, rows=[{name: other.replace(": ", ", "), title: cell} for other, cell in rest])
 
 
 def number(value: float, digits: int = 2, sign: str = "") -> str:
@@ -40,10 +48,21 @@ def whole(value: Spread | None) -> str:
     return number(value.mean, 0 if value.mean == int(value.mean) else 1)
 
 
-def significant(value: Spread) -> str:
-    """A mean of any size with its n, and with a deviation where the values differ."""
-    mean, std = (EngFormatter(places=1)(x) if x >= 1000 else f"{x:.4g}" for x in value[:2])
-    return with_n(mean + (f" ± {std}" if value.std > 0 else ""), value)
+def significant(value: Spread | None, n: int) -> str:
+    """A mean of any size to three digits, and a deviation where the values differ; nothing if there is no number.
+
+    Args:
+        value: the number.
+        n: that is written beside it; another is written after it.
+    """
+    if value is None:
+        return ""
+    power = min(int(math.log10(value.mean) // 3), len(PREFIXES) - 1) if value.mean >= 1000 else 0
+    unit = 1000.0**power
+    digits = max(0, 2 - math.floor(math.log10(value.mean / unit))) if value.mean > 0 else 0
+    text = f"{value.mean / unit:.{digits}f}" + (f" ± {value.std / unit:.{digits}f}" if value.std > 0 else "")
+    text = f"{text} {PREFIXES[power]}".rstrip()
+    return text if value.n == n else with_n(text, value)
 
 
 def duration(value: Spread | None) -> str:

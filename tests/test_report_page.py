@@ -1,0 +1,122 @@
+"""The page of a single run, figures that show more than a number, and what tables.csv holds."""
+
+import statistics
+
+import pytest
+from test_report import epochs, main, numbers, result, sections, text_of, write
+
+from reporting.figures import draw_all
+from reporting.page import tables_of
+from reporting.runs import COSTS
+from reporting.settings import METHODS
+from reporting.text import Spread, Table, significant
+
+pytestmark = pytest.mark.xdist_group("report")
+RATES = {"stem.neuron": 0.4, "conv.neuron": 0.1}
+LAYERS = {"stem.weight": 10.0, "conv.weight": 90.0}
+
+
+def drawn(root):
+    """Figures by the part of their name behind the section's."""
+    (section,) = sections(root)
+    return {plot.name.removeprefix(f"{section.slug}-"): plot for plot in draw_all([section])[section.slug]}
+
+
+def write_one(root, **more):
+    row = result(8, 90.0, settled=True, layers=LAYERS, firing_rates=RATES, spikes_per_image=5147.0, **more)
+    return write(root, "eb", "earlybird", 1, [row], epochs("search", 0, 3) + epochs("train", 8, 3))
+
+
+def test_what_has_one_point_is_no_figure(tmp_path):
+    write_one(tmp_path)
+    assert set(drawn(tmp_path)) == {"learning-curves", "layer-sparsity", "firing-rates"}
+    write(tmp_path, "rigl", "rigl", 1, [result(8, 91.0)])  # two methods at one sparsity can be compared by their cost
+    assert set(drawn(tmp_path)) == {"learning-curves", "layer-sparsity", "firing-rates", "accuracy-search-cost"}
+    write(tmp_path, "eb-14", "earlybird", 1, [result(14, 80.0, spikes_per_image=100.0)])
+    assert {"accuracy-sparsity", "search-sparsity", "spikes-sparsity"} < set(drawn(tmp_path))
+    for plot in drawn(tmp_path).values():
+        for axis in plot.figure.axes:
+            marked = [line for line in axis.lines if line.get_marker() not in ("None", None)]
+            assert "search-cost" in plot.name or max(len(set(line.get_xdata())) for line in marked) > 1
+
+
+def test_a_single_run_has_its_facts_its_costs_and_its_layers(tmp_path):
+    write_one(tmp_path)
+    (section,) = sections(tmp_path)
+    tables = tables_of(section, [], [])
+    shown = "\n".join(text_of(table) + "\n" + "\n".join(table.rows[0]) for table in tables).splitlines()
+    assert {"EB", "89.99 %", "level_08", "90.00 (n=1)", "5.15 k", "cifar10"} <= set(shown)
+    assert any("CPU" in line for line in shown)
+    assert all(len(table.rows) > 1 for table in tables)  # upright
+    layers, rates = tables[-2:]
+    assert [row["layer"] for row in layers.rows] == list(LAYERS)  # in the network's order
+    assert [row["neurons"] for row in rates.rows] == list(RATES)
+    write(tmp_path, "eb", "earlybird", 2, [result(8, 91.0)])
+    (section,) = sections(tmp_path)
+    assert not any("layer" in row for table in tables_of(section, [], []) for row in table.rows)
+
+
+def test_a_run_without_a_ticket_has_a_page_too(tmp_path):
+    folder = write(tmp_path / "runs", "eb", "earlybird", 1, [], epochs("search", 0, 3))
+    (folder / "summary.txt").unlink()
+    main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert "<svg" not in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "figures").is_dir()
+
+
+def test_the_csv_holds_costs_with_spreads_rates_timesteps_and_sizes(tmp_path):
+    for round in (1, 2):
+        rates = {"firing_rates": {"a": 0.1 * round, "b": 0.3}}
+        row = result(8, 90.0, **rates, **dict.fromkeys(COSTS, 1000.0 * round))
+        write(tmp_path, "eb", "earlybird", round, [row], timestep=4)
+    row = numbers(tmp_path)["EB", "level_08"]
+    for name in ("macs_per_image", "ticket_bytes", "energy_uj_per_image"):
+        assert float(row[f"{name}_mean"]) == 1500
+        assert float(row[f"{name}_std"]) == pytest.approx(statistics.stdev([1000, 2000]), rel=1e-5)
+    assert float(row["firing_rate_mean"]) == pytest.approx(statistics.mean([0.2, 0.25]))
+    assert float(row["firing_rate_std"]) == pytest.approx(statistics.stdev([0.2, 0.25]), rel=1e-5)
+    assert row["timestep"] == "4"
+
+
+def test_a_line_per_sparsity_has_no_methods_colour_and_any_accuracy_is_between_0_and_100(tmp_path):
+    for round, low in ((1, 0.0), (2, 14.0)):
+        rows = [result(level, accuracy) for level, accuracy in ((0, 100.0), (8, low), (14, 100.0))]
+        log = epochs("search", 14, 3, test_accuracy=100.0)
+        write(tmp_path, "imp", "laterewindlth", round, rows, log)
+        write(tmp_path, "zero", "laterewindlth", round, rows, log, rewinding_epoch=0)
+    figures = drawn(tmp_path)
+    colours = {colour for colour, *_ in METHODS.values()}
+    for name in ("accuracy-rewind", "layer-sparsity"):
+        lines = [line for line in figures[name].figure.axes[0].lines if line.get_label().endswith("%")]
+        assert len(lines) > 1
+        assert not {line.get_color().upper() for line in lines} & {colour.upper() for colour in colours}
+        assert len({line.get_marker() for line in lines}) == len(lines)
+    for name in ("accuracy-sparsity", "accuracy-rewind", "learning-curves"):
+        axis = figures[name].figure.axes[-1]
+        assert 0 <= axis.get_ylim()[0] < axis.get_ylim()[1] <= 100
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "text"),
+    [
+        (0.0, 0.0, "0"),
+        (0.6694, 0.0041, "0.669 ± 0.004"),
+        (5147.0, 243.0, "5.15 ± 0.24 k"),
+        (637900.0, 0.0, "638 k"),
+        (1.5e6, float("nan"), "1.50 M"),
+        (3e17, 0.0, "300000 T"),
+    ],
+)
+def test_a_number_and_its_deviation_have_one_unit(mean, std, text):
+    assert significant(Spread(mean, std, 2), 2) == text
+    assert significant(Spread(mean, std, 2), 3) == f"{text} (n=2)"
+
+
+def test_a_table_of_one_row_stands_upright():
+    table = Table("costs", [{"method": ["EB", "in place"], "per image: spikes": "1", "n": "2"}], ["note"])
+    turned = table.upright()
+    assert [list(row.values()) for row in turned.rows] == [["per image, spikes", "1"], ["n", "2"]]
+    assert list(turned.rows[0]) == ["method", "EB, in place"]
+    assert turned.notes == table.notes
+    both = Table("", table.rows * 2, [])
+    assert both.upright() is both
