@@ -65,7 +65,7 @@ def stage_end(args: dict, phase: str) -> int:
         probed = args.get("early_time_epoch") if args["method"] == "earlyT_laterewindlth" else None
         return max(rewinding, probed or 0)  # IMP's dense stage waits for the probe of Early-Time
     if phase == "search" and rewinding is not None and args.get("cycle_epochs"):
-        return rewinding + math.ceil(args["cycle_epochs"] * prunings(args))
+        return rewinding + math.ceil(args["cycle_epochs"] * prunings(args) - 1e-6)
     if phase == "search":
         return args.get("prune_until") or args.get("trial_epochs") or args["end_iter"]
     return args["end_iter"]

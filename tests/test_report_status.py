@@ -107,6 +107,7 @@ def test_no_run_is_one_line(tmp_path, capsys, exists):
         ("in_place", 300, {"prune_until": 180}),
         ("search", 30, {"trial_epochs": 30}),
         ("search", 50, {"rewinding_epoch": 20, "cycle_epochs": 7.5, "sparsity_round": 4}),
+        ("search", 300, {"rewinding_epoch": 20, "cycle_epochs": 280 / 11, "sparsity_round": 11}),
         ("train", 300, {"rewinding_epoch": 20, "cycle_epochs": 7.5, "sparsity_round": 4, "trial_epochs": 30}),
     ],
 )
