@@ -52,8 +52,10 @@ class Plot:
 
 
 def styles_of(labels: Iterable[str], fixed: dict[str, tuple]) -> dict[str, tuple]:
-    """Colour, marker and dash of each label: those that are fixed, or the next that no other label has."""
-    free = iter([style for style in CYCLE if style not in fixed.values()] * 9)
+    """Colour, marker and dash of each label: those that are fixed, or the next whose colour and marker no fixed one
+    has."""
+    taken = {look[:2] for look in fixed.values()}
+    free = iter([style for style in CYCLE if style[:2] not in taken] * 9)
     return fixed | {label: next(free) for label in dict.fromkeys(labels) if label not in fixed}
 
 

@@ -152,7 +152,7 @@ def _cost_axis(axis, costs: pd.Series) -> None:
         return
     if (costs == 0).any():
         start = paid.min() / 1.6
-        axis.set_xscale("symlog", linthresh=start, linscale=0.35)
+        axis.set_xscale("symlog", linthresh=start, linscale=0.25 * np.log10(paid.max() * 1.5 / start))
         axis.set_xlim(-start / 2, paid.max() * 1.5)
         axis.axvspan(-start / 2, start / 1.3, color="#eeeeee", linewidth=0, zorder=0)
     else:
@@ -160,8 +160,11 @@ def _cost_axis(axis, costs: pd.Series) -> None:
         axis.set_xlim(paid.min() / 1.5, paid.max() * 1.5)
     low, high = paid.min() / 1.3, paid.max() * 1.4
     steps = (1, 3) if high > 30 * low else (1, 2, 5)
-    ticks = {tick: f"{tick:g}" for tick in LogLocator(subs=steps).tick_values(low, high) if low <= tick <= high}
-    ticks |= {0: "none"} if (costs == 0).any() else {}
+    ticks = {0: "none"} if (costs == 0).any() else {}
+    least, last = (high / low) ** 0.15, 0.0  # between two ticks
+    for tick in LogLocator(subs=steps).tick_values(low, high):
+        if low <= tick <= high and tick > least * last:
+            ticks[tick], last = f"{tick:g}", tick
     axis.set_xticks(list(ticks), ticks.values())
     axis.xaxis.set_minor_locator(NullLocator())
 

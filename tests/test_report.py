@@ -509,6 +509,8 @@ def test_axes_and_the_same_bytes_each_time(everything):
     styles = styles_of([label for label, _ in numbers(everything[0])], METHODS)
     assert len(set(styles.values())) == len(styles) > len(METHODS)
     assert METHODS.items() <= styles.items()
+    looks = {label: style[:2] for label, style in styles.items()}
+    assert not {look for label, look in looks.items() if label not in METHODS} & {looks[label] for label in METHODS}
     (layers,) = [
         line.get_ydata() for name, _, line in lines if (name[-14:], line.get_label()) == ("layer-sparsity", "98.22 %")
     ]
