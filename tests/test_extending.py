@@ -57,6 +57,7 @@ def test_method(copy):
     assert indent(seam.replace("\n\n\n", "\n\n"), " " * 4) in (ROOT / "train_snn_rigl.py").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("title", "field", "value"),
     [("A score", "method", "oneshot-lamp"), ("A network", "arch", "two"), ("A neuron", "method", "oneshot-random")],
@@ -69,6 +70,7 @@ def test_patch(copy, title, field, value):
     assert abs(row["sparsity"] - 90) < 0.5
 
 
+@pytest.mark.slow
 def test_data_set_with_and_without_its_line(copy):
     from PIL import Image
 
