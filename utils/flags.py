@@ -53,7 +53,7 @@ SYNONYMS = {  # what others call a flag
     **dict.fromkeys(("T", "timesteps", "time_steps", "num_steps"), "timestep"),
     **dict.fromkeys(("gpu", "cuda", "cpu"), "device"),
     **dict.fromkeys(("out", "save_dir", "output", "log_dir"), "output_dir"),
-    **dict.fromkeys(("resume", "overwrite"), "restart"),
+    "overwrite": "restart",
 }
 
 
@@ -158,7 +158,6 @@ def shared_flags(parser: Parser) -> None:
     parser.check(partial(_check_dataset, parser))
     flag("--train_samples", positive_int, None, "N", "train on a fixed, class-balanced part of so many", shown="all")
     flag("--test_samples", positive_int, None, "N", "test on a fixed, class-balanced part of so many", shown="all")
-
     flag("--valid_samples", whole, 0, "N", "hold out so many training images, as many of each class, for a test")
 
     flag = parser.section("network")
@@ -233,7 +232,7 @@ def get_args(script: str, label: str, description: str | None, argv: list[str] |
     return args
 
 
-def _usual_epochs(parser: Parser, flags: argparse.Namespace) -> int | None:
+def _usual_epochs(parser: Parser, flags: argparse.Namespace) -> int:
     _check_dataset(parser, flags)
     return DATASETS[flags.dataset].epochs
 
