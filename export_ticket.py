@@ -37,6 +37,8 @@ def main(argv=None):
     missing = [name for name in PACKAGES[args.format] if find_spec(name) is None]
     if missing:
         raise InputError(f"--format {args.format} needs what is not installed: pip install {' '.join(missing)}")
+    if not args.out.parent.is_dir():
+        raise InputError(f"argument --out: there is no folder {args.out.parent}")
     model, _, origin = load_ticket_network(network_file(args.source))
     if min(args.image_size) < 32:
         raise InputError("argument --image_size: the networks need at least 32 32")

@@ -211,3 +211,9 @@ def checkpoint(folder):
     write_tensors(folder / "newest.safetensors", {"weight": torch.zeros(3)}, {"stage": "train"})
     assert read_tensors(folder / "newest.safetensors")
     return folder / "newest.safetensors"
+
+
+def test_a_missing_folder_is_named_as_it_was_given(finished, tmp_path, capsys):
+    out = tmp_path / "typo" / "network.npz"
+    assert failed(capsys, finished("rigl").folder, "--format", "npz", "--out", out).endswith(str(out.parent))
+    assert not out.parent.exists()
