@@ -119,3 +119,22 @@ def load_ticket_network(path: Path | str, device: str = "cpu") -> tuple[nn.Modul
         raise DamagedError(f"{path} does not hold the network that it names ({error})") from error
     apply_mask(model, mask)
     return model, mask, origin
+
+
+def network_file(source: Path) -> Path:
+    """The file that is meant: the source itself, or the one trained network of a finished run.
+
+    Raises:
+        InputError: it is a folder without a finished run, or of a run with several networks.
+    """
+    if not source.is_dir():
+        return source
+    if not (source / "args.json").exists():
+        raise InputError(f"{source} is not the folder of a run: name one, or a file of its folder networks")
+    if not (source / "summary.txt").exists():
+        raise InputError(f"{source} holds a run that is not finished: its command resumes it")
+    found = sorted((source / "networks").glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(str(path) for path in found) or "none"
+        raise InputError(f"{source} holds {len(found)} networks ({names}): name the file")
+    return found[0]
