@@ -106,17 +106,45 @@ def test_counts_are_those_of_loops_over_every_connection():
     seen = recorded(model, inputs_of(split), 3, WEIGHTS)
     counts = {n: operations_by_hand(model.get_submodule(n), x, mask[f"{n}.weight"]) for n, (x, _) in seen.items()}
     assert min(counts.values()) > 0
-    macs = counts.pop("stem") + counts.pop("classifier")
-    synops = sum(counts.values())
-    spikes = sum(spikes.sum().item() for _, spikes in recorded(model, inputs_of(split), 3, LIF).values())
+    synops = {name: count for name, count in counts.items() if name not in ("stem", "classifier")}
+    macs = counts["stem"] + counts["classifier"]
+    neurons = {name: spikes for name, (_, spikes) in recorded(model, inputs_of(split), 3, LIF).items()}
+    spikes = sum(each.sum().item() for each in neurons.values())
     cost = measure(model, mask, split, 3)
-    assert (cost["synops_per_image"], cost["macs_per_image"]) == (synops / 2, macs / 2)
+    assert (cost["synops_per_image"], cost["macs_per_image"]) == (sum(synops.values()) / 2, macs / 2)
     assert cost["spikes_per_image"] == spikes / 2
     assert cost["firing_rates"] == pytest.approx(firing_rates(model, inputs_of(split), 3))
     dense = 3 * 9 * 9 * 7 + 4 * 45 * 5 * 7 + 3 * 16 * 2 * 1 + 3 * 6 * 2 + 12 * 5 + 5 * 2
     assert cost["dense_macs_per_image"] == dense
-    assert cost[ENERGY] == pytest.approx((0.9 * synops + 4.6 * macs) / 2 / 1e6)
+    assert cost[ENERGY] == pytest.approx((0.9 * sum(synops.values()) + 4.6 * macs) / 2 / 1e6)
     assert cost["ann_energy_uj_per_image"] == pytest.approx(4.6 * dense / 1e6)
+
+    everything = 0
+    for name, (x, y) in seen.items():
+        layer, found, kept = model.get_submodule(name), cost["layer_costs"][name], mask[f"{name}.weight"]
+        one = torch.ones_like(x[:1, :1])
+        assert (found["weights"], found["weights_left"]) == (kept.numel(), kept.sum())
+        assert found["connections"] == operations_by_hand(layer, one, torch.ones_like(kept))
+        assert found["connections_left"] == operations_by_hand(layer, one, kept)
+        assert (found["inputs"], found["outputs"], found["calls"]) == (x[0, 0].numel(), y[0, 0].numel(), len(y))
+        assert (found["synops"], found["macs"]) == ((counts[name] / 2, 0) if name in synops else (0, counts[name] / 2))
+        assert found["fan_in"] * len(kept) == kept.numel()
+        everything += found["connections"] * found["calls"]
+    assert sum(found["dense_macs"] for found in cost["layer_costs"].values()) == dense
+    for name, each in neurons.items():
+        silent = (each.sum((0, 1)) == 0).sum().item()
+        assert cost["neuron_costs"][name] == {"neurons": each[0, 0].numel(), "silent": silent, "spikes": each.sum() / 2}
+    assert any(found["silent"] for found in cost["neuron_costs"].values())
+    assert cost["neurobench"] == {
+        "footprint": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "connection_sparsity": pytest.approx(
+            sum((~m).sum() for m in mask.values()) / sum(map(torch.numel, mask.values()))
+        ),
+        "activation_sparsity": pytest.approx(1 - spikes / sum(each.numel() for each in neurons.values())),
+        "Effective_MACs": macs / 2,
+        "Effective_ACs": sum(synops.values()) / 2,
+        "Dense": everything,
+    }
 
 
 @pytest.mark.parametrize(
@@ -207,6 +235,7 @@ def test_a_relu_network_does_not_spike_and_its_zeros_cost_nothing():
     model, mask = network("vgg16", split, 0.5, neuron="relu")
     cost = measure(model, mask, split, 1)
     assert all(cost[name] is None for name in SPIKING)
+    assert (cost["neuron_costs"], cost["neurobench"]["activation_sparsity"]) == ({}, None)
     assert 0 < cost["macs_per_image"] < cost["dense_macs_per_image"] / 2
     assert cost[ENERGY] == pytest.approx(4.6e-6 * cost["macs_per_image"])
 

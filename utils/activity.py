@@ -1,4 +1,4 @@
-"""What a ticket costs to run: its spikes, the operations they cause, and an estimate of the energy of these.
+"""What a ticket costs to run: its spikes and the operations they cause, layer by layer.
 
 An operation is one surviving connection that one input passes which is not 0: pruned connections, silent neurons and
 zero padding cost nothing. It is an accumulation (a synaptic operation) in a layer whose inputs are spikes, and a
@@ -21,12 +21,10 @@ from models.lif import LIF
 
 from . import distributed
 from .data import Split
+from .energy import operations_uj
 from .files import InputError
 from .masks import Mask
 
-# fp32 at 45 nm and 0.9 V: 3.7 pJ for a multiplication, 0.9 pJ for an addition (Horowitz, ISSCC 2014)
-ACCUMULATE_PJ = 0.9
-MAC_PJ = 3.7 + 0.9
 BATCH = 250  # a layer's input and its comparisons are in memory together
 COUNTABLE = (
     nn.Conv2d,
@@ -48,12 +46,18 @@ COUNTABLE = (
 class _Neurons:
     """A layer of neurons, as a forward hook sees it."""
 
-    size: int = 0  # neurons x timesteps
-    spikes: Tensor | int = 0  # int64 []
+    spikes: Tensor | int = 0  # int64 [...]: of each neuron
 
     def __call__(self, layer: LIF, inputs: tuple[Tensor], spikes: Tensor) -> None:
-        self.size = len(spikes) * spikes.shape[2:].numel()
-        self.spikes += spikes.count_nonzero()
+        self.spikes += spikes.sum((0, 1), dtype=torch.float32).long()
+
+    def costs(self) -> dict[str, float]:
+        """See ``measure``; of all images together."""
+        return {
+            "neurons": self.spikes.numel(),
+            "silent": (self.spikes == 0).sum().item(),
+            "spikes": self.spikes.sum().item(),
+        }
 
 
 @dataclass
@@ -63,16 +67,36 @@ class _Connections:
     active: Tensor | int = 0  # fp64 [C,H,W] or [C]: how often each input was not 0
     real: Tensor | int = 0  # int64 []: batches with an input that is neither 0 nor 1
     positions: int = 0  # outputs that share one kernel
+    calls: int = 0  # timesteps that it runs for
 
     def __call__(self, layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
         x = inputs[0].flatten(0, -layer.weight.ndim)  # [T*B,C,H,W] or [T*B,C]
         self.positions = output.shape[2:].numel() // len(layer.weight)
+        self.calls = len(output)
         self.active += (x != 0).sum(0, dtype=torch.float32).double()  # a batch's counts are exact in fp32, and fast
         self.real += ((x != 0) & (x != 1)).any()
 
-    def operations(self, layer: nn.Conv2d | nn.Linear, kept: Tensor) -> float:
-        """Operations of all images, exact up to 2^53; ``kept`` is the layer's mask."""
-        uses = self.active  # how often a connection of one output channel is passed: [C] or, tap by tap, [C*h*w]
+    def costs(self, layer: nn.Conv2d | nn.Linear, kept: Tensor) -> dict[str, float]:
+        """See ``measure``; of all images together. ``kept`` is the layer's mask."""
+        operations = self._operations(layer, kept, self.active)
+        everywhere = torch.ones_like(self.active) * (self.positions if isinstance(layer, nn.Linear) else 1)
+        return {
+            "weights": kept.numel(),
+            "weights_left": int(kept.sum()),
+            "fan_in": kept[0].numel(),
+            "inputs": self.active.numel() * (self.positions if isinstance(layer, nn.Linear) else 1),
+            "outputs": len(kept) * self.positions,
+            "connections": round(self._operations(layer, torch.ones_like(kept), everywhere)),
+            "connections_left": round(self._operations(layer, kept, everywhere)),
+            "calls": self.calls,
+            "synops": 0.0 if self.real else operations,
+            "macs": operations if self.real else 0.0,
+            "dense_macs": self.positions * kept.numel(),
+        }
+
+    def _operations(self, layer: nn.Conv2d | nn.Linear, kept: Tensor, active: Tensor) -> float:
+        """Connections that are passed where each input is passed so often, exact up to 2^53."""
+        uses = active  # how often a connection of one output channel is passed: [C] or, tap by tap, [C*h*w]
         if isinstance(layer, nn.Conv2d):
             columns = F.unfold(uses[None], layer.kernel_size, layer.dilation, layer.padding, layer.stride)
             uses = columns[0].sum(-1)
@@ -115,10 +139,18 @@ def measure(model: nn.Module, mask: Mask, split: Split, timesteps: int, precisio
         - ``synops_per_image``, ``macs_per_image``: operations, see above.
         - ``dense_macs_per_image``: MACs of the dense ANN of this shape, which passes an image once. As is usual,
           kernel weights x outputs: padding and zeros count.
-        - ``energy_uj_per_image``, ``ann_energy_uj_per_image``: microjoules of these operations at 45 nm. Memory
-          traffic, the neurons' own arithmetic, biases, batch norm, shortcut additions and pools are not in them.
+        - ``energy_uj_per_image``, ``ann_energy_uj_per_image``: microjoules of these operations in fp32 at 45 nm.
+          ``utils.energy`` has other precisions, and memory.
+        - ``layer_costs``: layer with weights -> its ``weights`` and ``weights_left``; ``connections`` and
+          ``connections_left``, which are these at every place of the kernel but for padding; ``synops``, ``macs``,
+          ``dense_macs``; ``fan_in``, weights of one output; ``inputs`` and ``outputs``, at one timestep; ``calls``,
+          timesteps that it is computed for.
+        - ``neuron_costs``: layer of neurons -> ``neurons``, ``silent`` of them, which fired for no image, ``spikes``.
+        - ``neurobench``: what NeuroBench's metrics of these names say (Yik et al. 2025): ``footprint`` in bytes of all
+          parameters and buffers, pruned ones too; ``connection_sparsity``, ``activation_sparsity``, 0 to 1;
+          ``Effective_MACs``, ``Effective_ACs``, and ``Dense``, the operations if nothing were 0.
 
-        Without spiking neurons the first three are None, and all operations are MACs.
+        Without spiking neurons the first three and the activation sparsity are None, and all operations are MACs.
 
     Raises:
         InputError: the network has a layer that cannot be counted.
@@ -142,23 +174,32 @@ def measure(model: nn.Module, mask: Mask, split: Split, timesteps: int, precisio
     for layer in layers.values():
         layer.active, layer.real = distributed.sums(layer.active, layer.real)
 
-    synops = macs = 0.0
-    for name, layer in layers.items():
-        operations = layer.operations(modules[name], mask[f"{name}.weight"])
-        if layer.real:
-            macs += operations
-        else:
-            synops += operations
-    synops, macs = synops / len(split), macs / len(split)
-    dense_macs = sum(layer.positions * modules[name].weight.numel() for name, layer in layers.items())
-    spikes = {name: int(layer.spikes) for name, layer in neurons.items()}
-    rates = {name: spikes[name] / (layer.size * len(split)) for name, layer in neurons.items()}
+    of_layers = {n: layer.costs(modules[n], mask[f"{n}.weight"]) for n, layer in layers.items()}
+    of_neurons = {name: layer.costs() for name, layer in neurons.items()}
+    totals = {field: sum(layer[field] for layer in of_layers.values()) for field in ("synops", "macs", "dense_macs")}
+    spikes, places = (sum(layer[field] for layer in of_neurons.values()) for field in ("spikes", "neurons"))
+    synops, macs, spikes = (total / len(split) for total in (totals["synops"], totals["macs"], spikes))
+    for layer in (*of_layers.values(), *of_neurons.values()):
+        layer.update({f: layer[f] / len(split) for f in ("synops", "macs", "spikes") if f in layer})
+    weights, left = (sum(layer[field] for layer in of_layers.values()) for field in ("weights", "weights_left"))
+    stored = [*model.parameters(), *model.buffers()]
     return {
-        "spikes_per_image": sum(spikes.values()) / len(split) if neurons else None,
-        "firing_rates": rates if neurons else None,
+        "spikes_per_image": spikes if neurons else None,
+        "firing_rates": {name: layer["spikes"] / (layer["neurons"] * timesteps) for name, layer in of_neurons.items()}
+        or None,
         "synops_per_image": synops if neurons else None,
         "macs_per_image": macs,
-        "dense_macs_per_image": dense_macs,
-        "energy_uj_per_image": 1e-6 * (ACCUMULATE_PJ * synops + MAC_PJ * macs),
-        "ann_energy_uj_per_image": 1e-6 * MAC_PJ * dense_macs,
+        "dense_macs_per_image": totals["dense_macs"],
+        "energy_uj_per_image": operations_uj(synops, macs),
+        "ann_energy_uj_per_image": operations_uj(0, totals["dense_macs"]),
+        "layer_costs": of_layers,
+        "neuron_costs": of_neurons,
+        "neurobench": {
+            "footprint": sum(tensor.numel() * tensor.element_size() for tensor in stored),
+            "connection_sparsity": 1 - left / weights,
+            "activation_sparsity": 1 - spikes / (places * timesteps) if neurons else None,
+            "Effective_MACs": macs,
+            "Effective_ACs": synops,
+            "Dense": sum(layer["connections"] * layer["calls"] for layer in of_layers.values()),
+        },
     }
