@@ -1,5 +1,6 @@
 """What a section shows of a single run, so that its page is worth reading: its facts and its layers."""
 
+from .costs import layer_cost_tables
 from .experiments import Section
 from .settings import spoken
 from .tables import every_ticket, overview, shown_columns
@@ -28,7 +29,7 @@ def facts(section: Section) -> Table:
 
 
 def layer_tables(section: Section) -> list[Table]:
-    """Sparsity and firing rates of each layer in the tickets of the only run, in the network's order."""
+    """Sparsity, firing rates and costs of each layer in the tickets of the only run, in the network's order."""
     tickets = section.experiments[0].tickets
     shown = tickets[tickets["column"].isin({0.0, *shown_columns(list(tickets["column"]))})]
     tables = []
@@ -46,4 +47,5 @@ def layer_tables(section: Section) -> list[Table]:
             for layer in (of_field[field].iloc[0] if len(of_field) else ())
         ]
         tables.append(Table(title, rows, []))
-    return tables
+    row = section.experiments[0].runs[0].results[-1]
+    return tables + layer_cost_tables(row, row["ticket"])

@@ -15,7 +15,7 @@ from .figures import draw_all
 from .one_run import facts, is_one_run, layer_tables
 from .remarks import remarks
 from .runs import Run, read_runs
-from .tables import cost_table, every_ticket, overview, paper_table, table_1, tables_csv
+from .tables import costs, every_ticket, overview, paper_table, table_1, tables_csv
 from .text import Table
 
 
@@ -64,7 +64,7 @@ def tables_of(section: Section, paper: list[dict], paper_2: list[dict]) -> list[
     one = is_one_run(section)
     compared = [table_1(section, paper), table_2(section, paper_2)]
     tables = [facts(section) if one else overview(section), *(compared if len(every_ticket(section).rows) > 1 else [])]
-    tables += [cost_table(section), *(layer_tables(section) if one else [])]
+    tables += [*costs(section), *(layer_tables(section) if one else [])]
     return [table.upright() for table in tables if table.rows]
 
 

@@ -3,8 +3,10 @@
 import json
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
+from utils.energy import ADD_PJ, MEMORY, energies
 from utils.files import InputError, read_json
 
 FILES = ("args.json", "metrics.jsonl", "results.json")
@@ -43,10 +45,25 @@ COSTS = {
     "ann_energy_uj_per_image": "dense ANN: energy (µJ)",
     "ticket_bytes": "its file: bytes",
 }
+NEUROBENCH = ("footprint", "connection_sparsity", "activation_sparsity", "Effective_MACs", "Effective_ACs", "Dense")
+LAYER_COSTS = {  # of each layer, see utils.activity.measure
+    "layer_costs": (
+        *("weights", "weights_left", "connections", "connections_left", "synops", "macs", "dense_macs"),
+        *("fan_in", "inputs", "outputs"),
+    ),
+    "neuron_costs": ("neurons", "silent", "spikes"),
+}
+ENERGIES = {  # tables.csv's numbers -> where ``utils.energy`` has them
+    f"{name.replace(' ', '_')}_{kind}{with_memory * '_memory'}_uj": (name, MEMORY.format(kind) if with_memory else kind)
+    for name, kind, with_memory in product(("this network", "pruned ANN", "dense ANN"), ADD_PJ, (False, True))
+}
 SECONDS = ("search_seconds", "train_seconds")
 SEARCHED = ("search_timesteps", "search_seconds", "search_epochs", "search_timestep_epochs")
 ALWAYS = ("sparsity", "sparsity_all_parameters", "test_accuracy", "best_test_accuracy", *SEARCHED[1:])
-NUMBERS = (*ALWAYS, "valid_accuracy", "search_timesteps", "train_seconds", *COSTS)
+NUMBERS = (
+    *(*ALWAYS, "valid_accuracy", "search_timesteps", "train_seconds", *COSTS),
+    *(*(f"neurobench_{name}" for name in NEUROBENCH), *ENERGIES),
+)
 RESULT_REQUIRED = {
     "ticket": str,
     "level": (int, NONE),
@@ -56,7 +73,7 @@ RESULT_REQUIRED = {
 RESULT_OPTIONAL = {
     "settled": bool,
     **dict.fromkeys(("method", "label"), str),
-    **dict.fromkeys(("layers", "firing_rates"), dict),
+    **dict.fromkeys(("layers", "firing_rates", "neurobench", *LAYER_COSTS), dict),
     **dict.fromkeys(("valid_accuracy", "train_seconds", *COSTS), NUMBER),
 }
 
@@ -142,7 +159,17 @@ def read_run(path: Path, folder: str) -> Run:
     lines = log.read_bytes().splitlines() if log.exists() else []
     rows = _checked(log, map(json.loads, lines), EPOCH_REQUIRED, EPOCH_OPTIONAL)
     tickets = _checked(results, read_json(results) if results.exists() else [], RESULT_REQUIRED, RESULT_OPTIONAL)
+    tickets = [row | _derived(row) for row in tickets]
     return Run(folder, found, rows, tickets, (path / "summary.txt").exists())
+
+
+def _derived(row: dict) -> dict[str, float]:
+    """NeuroBench's metrics and the energies of a ticket, from its row of ``results.json``, as far as it has them."""
+    found = {f"neurobench_{name}": value for name, value in (row.get("neurobench") or {}).items()}
+    if row.get("layer_costs"):
+        table = energies(row)
+        found |= {name: table[network][kind] for name, (network, kind) in ENERGIES.items()}
+    return found
 
 
 def _checked(path: Path, content, required: dict, optional: dict | None = None) -> list[dict]:
@@ -174,3 +201,7 @@ def _check(row, required: dict, optional: dict) -> None:
         if name in ("divergences", "layers", "firing_rates"):
             inner = value if isinstance(value, dict) else dict(enumerate(value))
             _check(inner, dict.fromkeys(inner, NUMBER), {})
+        if name == "neurobench":
+            _check(value, {}, dict.fromkeys(NEUROBENCH, NUMBER))
+        for layer in value.values() if name in LAYER_COSTS else ():
+            _check(layer, dict.fromkeys(LAYER_COSTS[name], NUMBER), {})

@@ -5,17 +5,19 @@ from pathlib import Path
 
 import pandas as pd
 
+from .costs import cost_table, energy_table
 from .experiments import Cell, Experiment, Section, Spread, against_dense, base_of, same_sparsity, spread
-from .runs import COSTS, NUMBERS
+from .runs import NUMBERS
 from .settings import PAPER_SETTING, SIZE
-from .text import Table, accuracy_of, duration, marks, measured, percent, search_of, significant, whole, with_n
+from .text import Table, accuracy_of, duration, marks, measured, percent, search_of, whole, with_n
 
 PAPER_TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "paper" / "table1.csv"
 PAPER_SPARSITIES = [100 * (1 - 0.75**prunings) for prunings in (4, 8, 11, 14)]
 GAINS = ("delta_accuracy", "speed_gain", "cost_gain")
+SPREADS = (*NUMBERS, "firing_rate")
 CSV_FIELDS = [
     *(*SIZE, "experiment", "method", "timestep", "ticket", "level", "column", "n", "tickets", "rounds", "dense"),
-    *(f"{name}_{what}" for name in (*NUMBERS, "firing_rate", *GAINS, "against_dense") for what in ("mean", "std", "n")),
+    *(f"{name}_{what}" for name in (*SPREADS, *GAINS, "against_dense") for what in ("mean", "std", "n")),
     *(f"paper_{name}" for name in ("accuracy", "hours", "delta_accuracy", "speed_gain")),
 ]
 
@@ -167,23 +169,10 @@ def _against_dense(cell: Cell, dense: tuple[str, Cell] | None) -> Spread | None:
     return pair[1] if pair else None
 
 
-def cost_table(section: Section) -> Table:
-    """What a ticket costs to run: firing rate, spikes, operations and energy per image, and its size."""
-    titles = {"firing_rate": "per timestep: firing rate"} | COSTS
-    fields = [name for name in titles if any(e.tickets[name].notna().any() for e in section.experiments)]
-    keep = {0.0, *shown_columns([c for e in section.experiments for c in e.tickets["column"].unique()])}
-    rows = [
-        {"method": e.label, "sparsity": percent(cell.column), "n": str(len(cell.rows))}
-        | {titles[name]: significant(cell.spread(name), len(cell.rows)) for name in fields}
-        for e in section.experiments
-        for cell in e.cells
-        if cell.column in keep and any(cell.spread(name) for name in fields)
-    ]
-    note = (
-        "Means ± sample standard deviation over n rounds, on the test images, as the runs counted them, over all "
-        "timesteps. Firing rate: spikes per neuron and timestep, mean of the layers. k, M: thousands, millions."
-    )
-    return Table("What a ticket costs to run", rows, [note])
+def costs(section: Section) -> list[Table]:
+    """What the tickets cost to run, at a few sparsities."""
+    shown = {0.0, *shown_columns([c for e in section.experiments for c in e.tickets["column"].unique()])}
+    return [cost_table(section, shown), energy_table(section)]
 
 
 def every_ticket(section: Section) -> Table:
@@ -221,9 +210,7 @@ def tables_csv(sections: list[Section], paper: list[dict]) -> str:
 
 
 def _csv_row(section: Section, experiment: Experiment, cell: Cell, paper: list[dict]) -> dict:
-    values = {name: cell.spread(name) for name in (*NUMBERS, "firing_rate")} | gains(experiment, section).get(
-        cell.column, {}
-    )
+    values = {name: cell.spread(name) for name in SPREADS} | gains(experiment, section).get(cell.column, {})
     dense = section.dense(experiment.ann)
     values["against_dense"] = _against_dense(cell, dense)
     spreads = {name: value._asdict() for name, value in values.items() if value}

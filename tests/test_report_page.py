@@ -1,15 +1,18 @@
 """The page of a single run, figures that show more than a number, and what tables.csv holds."""
 
+import copy
 import statistics
 
 import pytest
 from test_report import epochs, main, numbers, result, sections, text_of, write
 
+from reporting.costs import energy_table
 from reporting.figures import draw_all
 from reporting.page import tables_of
-from reporting.runs import COSTS
+from reporting.runs import COSTS, read_runs
 from reporting.settings import METHODS
 from reporting.text import Spread, Table, significant
+from utils.energy import energies
 
 pytestmark = pytest.mark.xdist_group("report")
 RATES = {"stem.neuron": 0.4, "conv.neuron": 0.1}
@@ -120,3 +123,54 @@ def test_a_table_of_one_row_stands_upright():
     assert turned.notes == table.notes
     both = Table("", table.rows * 2, [])
     assert both.upright() is both
+
+
+COSTS_OF_LAYERS = {
+    "layer_costs": {
+        "conv": {"weights": 900, "weights_left": 90, "connections": 9000, "connections_left": 800, "fan_in": 9}
+        | {"inputs": 100, "outputs": 1000, "calls": 5, "synops": 700.0, "macs": 20.0, "dense_macs": 10_000},
+    },
+    "neuron_costs": {"conv.neuron": {"neurons": 1000, "silent": 7, "spikes": 250.5}},
+    "neurobench": {"footprint": 4000, "connection_sparsity": 0.9, "activation_sparsity": None, "Dense": 45_000},
+}
+
+
+def test_energies_stand_beside_those_of_the_anns_and_in_the_csv(tmp_path):
+    for round in (1, 2):
+        costs = copy.deepcopy(COSTS_OF_LAYERS)
+        costs["layer_costs"]["conv"]["synops"] *= round
+        write(tmp_path, "eb", "earlybird", round, [result(8, 90.0, **costs)])
+    write(tmp_path, "rigl", "rigl", 1, [result(8, 91.0)])  # of an older version
+    (section,) = sections(tmp_path)
+    rows = {row["network"]: row for row in energy_table(section).rows}
+    assert list(rows) == ["this network", "pruned ANN", "dense ANN"]
+    expected = [energies(COSTS_OF_LAYERS | {"timesteps": 5})]
+    expected.append(energies({"timesteps": 5, **costs}))
+    row = numbers(tmp_path)["EB", "level_08"]
+    for name, kinds in expected[0].items():
+        for kind, value in kinds.items():
+            mean = statistics.mean([value, expected[1][name][kind]])
+            field = f"{name} {kind} uj".replace(" with", "").replace(" ", "_")
+            assert float(row[f"{field}_mean"]) == pytest.approx(mean, rel=1e-5)
+            (title,) = [t for t in rows[name] if kind.split()[0] in t and ("with memory" in t) == ("memory" in kind)]
+            assert float(rows[name][title].split(" ")[0]) == pytest.approx(mean, rel=1e-2)
+    assert (float(row["neurobench_footprint_mean"]), row["neurobench_activation_sparsity_n"]) == (4000, "")
+
+
+def test_the_page_of_a_single_run_lists_what_each_layer_costs(tmp_path):
+    write_one(tmp_path, **COSTS_OF_LAYERS)
+    (section,) = sections(tmp_path)
+    layers, neurons = tables_of(section, [], [])[-2:]
+    assert {"90 of 900", "800 of 9,000", "700", "20"} <= set(text_of(layers).splitlines())
+    assert {"250.5", "7 of 1,000"} <= set(text_of(neurons).splitlines())
+
+
+@pytest.mark.parametrize("field", ["layer_costs", "neuron_costs", "neurobench"])
+def test_damaged_costs_are_named(tmp_path, field):
+    write(tmp_path, "eb", "earlybird", 1, [result(8, 90.0)])
+    damaged = {field: {"footprint": "x"} if field == "neurobench" else {"conv": {"weights": 3}}}
+    write(tmp_path, "rigl", "rigl", 1, [result(8, 91.0, **damaged)])
+    runs, left_out = read_runs(tmp_path)
+    assert [run.args["method"] for run in runs] == ["earlybird"]
+    (why,) = left_out.values()
+    assert "results.json" in why

@@ -1,0 +1,60 @@
+"""measure_ticket.py on runs, single files, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+
+import measure_ticket
+from utils.energy import energies
+
+DERIVED = ("layer_costs", "neuron_costs", "neurobench", "spikes_per_image", "synops_per_image", "macs_per_image")
+
+
+def measured(tmp_path, *argv):
+    """What the tool writes."""
+    measure_ticket.main([*map(str, argv), "--json", str(tmp_path / "costs.json")])
+    return json.loads((tmp_path / "costs.json").read_text())
+
+
+def failed(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        measure_ticket.main([str(word) for word in argv])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    return line
+
+
+def test_a_runs_network_has_the_costs_and_the_accuracy_that_the_run_wrote_down(finished, tmp_path, capsys):
+    run = finished("rigl")
+    (row,) = run.results
+    found = measured(tmp_path, run.folder)
+    assert {name: found[name] for name in DERIVED} == {name: row[name] for name in DERIVED}
+    assert found["test_accuracy"] == pytest.approx(row["test_accuracy"])
+    assert found["energy_uj"] == energies(row)
+    printed = capsys.readouterr().out
+    for name, layer in (row["layer_costs"] | row["neuron_costs"]).items():
+        (line,) = [line for line in printed.splitlines() if line.split()[:1] == [name]]
+        assert f"{layer.get('weights_left', layer.get('neurons')):,}" in line
+    assert all(name in printed for name in row["neurobench"])
+
+
+def test_a_file_on_its_own_with_other_timesteps(finished, tmp_path):
+    run = finished("rigl")
+    file = tmp_path / "mailed" / "network.safetensors"
+    file.parent.mkdir()
+    shutil.copy(run.folder / "networks" / f"{run.results[0]['ticket']}.safetensors", file)
+    few, many = (measured(tmp_path, file, "--timestep", t, "--test_samples", 10) for t in (1, 8))
+    assert (few["timesteps"], many["timesteps"]) == (1, 8)
+    assert few["macs_per_image"] == many["macs_per_image"]  # the image is convolved once
+    assert 0 < few["synops_per_image"] < many["synops_per_image"]
+
+
+def test_bad_input_is_one_line(finished, tmp_path, capsys):
+    run = finished("rigl")
+    shutil.copy(run.folder / "networks" / f"{run.results[0]['ticket']}.safetensors", tmp_path / "network.safetensors")
+    assert "--timestep" in failed(capsys, tmp_path / "network.safetensors")
+    assert "typo" in failed(capsys, run.folder, "--json", tmp_path / "typo" / "costs.json")
+    assert "no/run" in failed(capsys, "no/run")
+    assert "--dataset" in failed(capsys, run.folder, "--dataset", "digits")
+    assert "cifar11" in failed(capsys, run.folder, "--dataset", "cifar11")
