@@ -31,7 +31,7 @@ def make_parser() -> Parser:
     parser.add_argument("source", metavar="RUN_OR_FILE", type=Path, help="folder of a finished run, or a file of it")
     parser.add_argument("--format", choices=tuple(PACKAGES), required=True, help="what to write")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the file to write")
-    flag = parser.section("options")
+    flag = parser.section("the network as it is written")
     flag("--image_size", positive_int, (32, 32), ("H", "W"), "height and width of an image", nargs=2, shown="32 32")
     flag("--timestep", count, 5, "T", "timesteps that an onnx file runs for, and that --compact is timed with")
     flag(
@@ -95,7 +95,7 @@ def savings(graph: list[Node], smaller: list[Node], whole_bytes: int, bytes_left
     (parameters, operations), (fewer, less) = map(dense_cost, (graph, smaller))
     gains = speed_gains(graph, smaller, timesteps)
     return "\n".join(
-        f"  {name}: {before:,} -> {after:,} (x {before / after:.2f} less)"
+        f"  {name}: {before:,} -> {after:,} (1 / {before / after:.2f})"
         for name, before, after in (
             ("channels and units", *sizes),
             ("parameters, zeros included", parameters, fewer),

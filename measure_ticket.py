@@ -29,7 +29,7 @@ FROM_RUN = ("dataset", "data_dir", "timestep", "test_samples")  # where the comm
 def make_parser() -> Parser:
     parser = Parser(Path(__file__).name, __doc__)
     parser.add_argument("source", metavar="RUN_OR_FILE", type=Path, help="folder of a finished run, or a file of it")
-    flag = parser.section("options")
+    flag = parser.section("what is measured")
     flag("--timestep", count, None, "T", "timesteps an image is shown for", shown="the run's")
     flag("--dataset", str, None, "NAME", "data set", shown="the run's")
     flag("--data_dir", str, None, "DIR", "folder that holds the data sets", shown="the run's")

@@ -16,8 +16,9 @@ from utils.flags import Parser  # noqa: E402
 INTRO = """# Flags
 
 Made by `python docs/make_flags.py` from the scripts themselves. The flags of all scripts come first, then those of each
-script.
+script, and those of the tools that take a run or a file of it.
 """
+TOOLS = ("measure_ticket", "export_ticket")
 Rows = list[tuple[str, str]]
 
 
@@ -47,6 +48,7 @@ def sections(parser: Parser) -> dict[str, Rows]:
         for action in group._group_actions:
             names = [name for name in action.option_strings if name not in ("-h", "--help")]
             values = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.metavar or ""
+            values = values if isinstance(values, str) else " ".join(values)
             values += " ..." * (action.nargs == "+")
             if names:
                 rows.append((f"{', '.join(names)} {values}".strip(), _escaped(action.help)))
@@ -70,6 +72,8 @@ def page() -> str:
     for script, of_script in groups.items():
         own = {title: rows for title, rows in of_script.items() if title not in shared}
         parts += [f"## {script}.py\n", *_tables(own)]
+    for tool in TOOLS:
+        parts += [f"## {tool}.py RUN_OR_FILE\n", *_tables(sections(parser_of(tool)))]
     return "\n".join(parts)
 
 

@@ -11,6 +11,6 @@ def test_page_is_that_of_the_parsers():
 
 def test_page_names_every_flag_of_every_script():
     words = set(page().replace("`", " ").replace(",", " ").split())
-    for path in ROOT.glob("train_snn_*.py"):
+    for path in (*ROOT.glob("train_snn_*.py"), *ROOT.glob("*_ticket.py")):
         flags = {name for action in parser_of(path.stem)._actions for name in action.option_strings}
         assert flags - {"-h", "--help"} <= words, path.name
