@@ -27,8 +27,8 @@ class BatchNorm(nn.BatchNorm2d):
     Args:
         channels: C.
         statistics: where training takes mean and variance from. ``per_timestep``: from each timestep's batch, and the
-            running statistics move T times a step, as in a loop over timesteps. ``over_time``: from all timesteps
-            together, as spikingjelly's multi-step layers and tdBN do.
+            running statistics move T times a step, as in a loop over timesteps; ``num_batches_tracked`` counts steps.
+            ``over_time``: from all timesteps together, as spikingjelly's multi-step layers and tdBN do.
     """
 
     def __init__(self, channels: int, statistics: str = "per_timestep"):
@@ -36,6 +36,8 @@ class BatchNorm(nn.BatchNorm2d):
         self.statistics = statistics
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
         if self.training and self.statistics == "per_timestep":
             # unlike a stack, this keeps the layout of images
             return torch.cat([self._normalise(x_t) for x_t in x]).unflatten(0, x.shape[:2])
@@ -43,12 +45,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     def _normalise(self, x: Tensor) -> Tensor:
         """Batch norm of [N, C, H, W] or [N, C]."""
-        if x.numel() <= self.num_features:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        """BatchNorm2d's own check refuses [N, C]."""
+        learns = self.training and x.numel() > self.num_features
+        running = self.running_mean, self.running_var
+        return F.batch_norm(x, *running, self.weight, self.bias, learns, self.momentum, self.eps)
 
 
 class NormAndFire(nn.Module):
