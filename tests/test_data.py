@@ -64,6 +64,14 @@ def test_statistics_recipes_and_epochs_are_those_of_the_papers_code():
     assert [spec.channels for spec in DATASETS.values()] == [3, 3, 3, 1, 3, 1, 3]
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "expected"), [(500, (32, 32), 500), (500, (64, 64), 125), (2, (64, 64), 1), (5000, (32, 32), 600)]
+)
+def test_a_batch_of_larger_images_has_as_many_pixels(count, size, expected):
+    images = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(600, 3, *size)
+    assert Split(images, torch.arange(600), DATASETS["cifar10"]).batch(count) == expected
+
+
 def test_batches_are_normalised_channel_by_channel_in_order():
     spec = DATASETS["cifar10"]
     split = Split(PIXELS, torch.arange(64), spec)

@@ -25,7 +25,7 @@ from .energy import operations_uj
 from .files import InputError
 from .masks import Mask
 
-BATCH = 250  # a layer's input and its comparisons are in memory together
+BATCH = 250  # images of 32x32; a layer's input and its comparisons are in memory together
 COUNTABLE = (
     nn.Conv2d,
     nn.Linear,
@@ -166,7 +166,8 @@ def measure(model: nn.Module, mask: Mask, split: Split, timesteps: int, precisio
         for name, hook in (neurons | layers).items():
             stack.enter_context(modules[name].register_forward_hook(hook))
         model.eval()
-        for images, _ in split.part(distributed.part_of(len(split), BATCH)).batches(BATCH):
+        batch = split.batch(BATCH)
+        for images, _ in split.part(distributed.part_of(len(split), batch)).batches(batch):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 model(images, timesteps)
     for layer in neurons.values():

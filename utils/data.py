@@ -27,6 +27,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    def batch(self, count: int) -> int:
+        """Images that have the pixels of ``count`` images of 32x32, at least 1 and at most all."""
+        height, width = self.images.shape[-2:]
+        return min(max(1, count * SMALLEST**2 // (height * width)), len(self))
+
     def part(self, indices: Tensor | slice) -> "Split":
         return Split(self.images[indices], self.labels[indices], self.spec)
 

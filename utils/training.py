@@ -18,7 +18,7 @@ from .data import Data, Split
 from .engine import Graphed
 from .masks import Mask, prunable
 
-EVALUATION_BATCH = {"cpu": 100, "cuda": 500}  # images; on a CPU larger ones leave its caches and are slower
+EVALUATION_BATCH = {"cpu": 100, "cuda": 500}  # images of 32x32; on a CPU larger ones leave its caches and are slower
 AfterStep = Callable[[int, torch.Generator], None]
 
 
@@ -240,7 +240,7 @@ def predict(model: nn.Module, split: Split, timesteps: int, precision: str = "fp
     """See ``Trainer.predict``."""
     training = model.training
     model.eval()
-    batch_size = min(EVALUATION_BATCH[split.images.device.type], len(split))
+    batch_size = split.batch(EVALUATION_BATCH[split.images.device.type])
     own = distributed.part_of(len(split), batch_size)
     logits = [
         forward(model, inputs, timesteps, precision, len(inputs) == batch_size).float()
