@@ -8,6 +8,7 @@ import torch
 from conftest import FLAGS, script
 
 from utils.goal import goal_of, prunings_of
+from utils.machine import has_bf16_units
 from utils.masks import dense_mask, sparsity, sparsity_after
 from utils.scores import prune_by_magnitude
 
@@ -206,7 +207,9 @@ def test_defaults_are_the_papers(parsed, method):
     expected |= OWN_DEFAULTS.get(method, {})
     args = vars(parsed(method))
     assert {name: args[name] for name in expected} == expected
-    assert args["precision"] == ("bf16" if torch.cuda.is_available() else "fp32")
+    gpu = torch.cuda.is_available()
+    assert args["precision"] == ("bf16" if gpu and has_bf16_units("cuda") else "fp32")
+    assert (args["compile"], args["channels_last"], args["cuda_graph"]) == (False, gpu, gpu)
 
 
 def test_defaults_that_depend_on_other_flags(parsed):

@@ -158,7 +158,7 @@ def test_moved_and_shown_in_another_way(killed, tmp_path):
 
 def test_changed_source_and_machine_are_noted(killed, monkeypatch, capsys):
     monkeypatch.setattr("utils.experiment._source_checksum", lambda script: "another source")
-    monkeypatch.setattr("utils.experiment._cpu_name", lambda: "another CPU")
+    monkeypatch.setattr("utils.machine.device_name", lambda device: "another CPU")
     before = read_json(killed / FOLDER / "args.json")
     script("earlybird")(command(killed))
     notes = [line for line in capsys.readouterr().out.splitlines() if FOLDER in line and "another" in line]

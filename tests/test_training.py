@@ -325,6 +325,14 @@ def test_a_loss_or_a_weight_that_is_not_finite_ends_the_training(trainer):
         train(ours)
 
 
+def test_fp32_is_not_tf32(trainer, monkeypatch):
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(backend, "allow_tf32", True)
+    trainer()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_only_full_batches_are_compiled_for():
     model, counter = nn.Linear(2, 2), CompileCounter()
     inner = model.forward

@@ -19,7 +19,7 @@ from torch import nn
 from models import build_model
 from models.layers import compile_blocks
 
-from . import distributed
+from . import distributed, machine
 from .activity import check_countable
 from .data import Data, load_data
 from .files import Finished, InputError, InUseError
@@ -45,12 +45,14 @@ def start(
 
     Raises:
         Finished: nothing is left to do; what the run found is printed again.
-        InputError: see ``load_data``, ``Run`` and ``check_countable``; or a flag does not go with the ranks.
+        InputError: see ``load_data``, ``Run``, ``check_compiler`` and ``check_countable``; or a flag does not go with
+            the ranks.
         InUseError: another process is at this run.
     """
     _check_ranks(args)
     if ":" in args.device:  # kernels are launched on the current device
         torch.cuda.set_device(args.device)
+    machine.check_compiler(args)
     args.effective_seed = effective_seed(args)
     run = Run(args, sparsity)
     if run.finished:
@@ -69,6 +71,7 @@ def start(
     if args.compile:
         compile_blocks(model)
     run.begin(model, network, data.checksum(), _circumstances(args))
+    print(machine.describe(args))
     for name in SIGNALS:
         _stop_at_the_end_of_an_epoch(run, getattr(signal, name))
     return run, data, model
@@ -153,19 +156,12 @@ def _circumstances(args) -> dict:
     """What numbers and times depend on beside flags and images."""
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "device_name": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else _cpu_name(),
+        "device_name": machine.device_name(args.device),
         "ranks": distributed.ranks(),
         "threads": torch.get_num_threads(),
         "git_commit": _git_commit(),
         "source": _source_checksum(args.script),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _git_commit() -> str | None:

@@ -4,6 +4,7 @@ group of flags is a function that adds them to a parser."""
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 
 from models import ARCHITECTURES, BATCH_NORMS, NEURONS
 
+from . import machine
 from .datasets import DATASETS, DEFAULT_DIR
 
 
@@ -80,6 +82,7 @@ class Parser(argparse.ArgumentParser):
         The function takes the flag's name, what its value is (a function of the text; a tuple or dict of choices; or
         ``bool`` for a switch), its default (or a function of the parsed flags), the name of the value, and the help.
         ``below`` names another flag that the value must be less than; ``shown`` is the default as ``--help`` shows it.
+        A switch that is not always off by default has a ``--no-`` form.
         """
         group = self.add_argument_group(title, text)
 
@@ -92,7 +95,8 @@ class Parser(argparse.ArgumentParser):
                 self._computed[field] = default
                 options["default"] = None
             if kind is bool:
-                group.add_argument(name, action="store_true", **options)
+                action = "store_true" if default is False else argparse.BooleanOptionalAction
+                group.add_argument(name, action=action, **options)
             elif callable(kind):
                 group.add_argument(name, *more_names, type=kind, metavar=metavar, nargs=nargs, **options)
             else:
@@ -188,10 +192,13 @@ def shared_flags(parser: Parser) -> None:
     flag("--round", positive_int, 1, "N", "repetition, for mean and deviation")
     flag("--device", str, "auto", "NAME", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     parser.check(partial(_choose_device, parser))
-    flag("--precision", ("fp32", "bf16"), None, None, "of the forward pass", shown="bf16 on CUDA, fp32 on the CPU")
-    flag("--compile", bool, False, None, "fuse what lies between convolutions with torch.compile")
-    flag("--channels_last", bool, False, None, "train with channels innermost in memory")
-    flag("--cuda_graph", bool, False, None, "launch a training step as one CUDA graph; on one GPU")
+    text = "of the forward pass; fp32 is without TF32"
+    flag("--precision", ("fp32", "bf16"), None, None, text, shown="bf16 on a GPU that has units for it, else fp32")
+    text = "on a CPU: fuse what lies between convolutions with torch.compile"
+    flag("--compile", bool, False, None, text)
+    flag("--channels_last", bool, None, None, "train with channels innermost in memory", shown="on a GPU")
+    text = "launch a training step as one CUDA graph; for a single GPU"
+    flag("--cuda_graph", bool, None, None, text, shown="on a single GPU")
     flag("--output_dir", str, "runs", "DIR", "folder that holds all runs")
     flag(
         "--exp_name",
@@ -262,10 +269,21 @@ def _choose_device(parser: Parser, flags: argparse.Namespace) -> None:
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         parser.error(f"argument --device: choose from auto, cpu, cuda, cuda:N; got {name!r}")
+    if not flags.device.startswith("cpu") and (reason := machine.unused_gpu()):
+        parser.error(f"argument --device: {reason}, or use --device cpu")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         found = f"torch {torch.__version__} finds {torch.cuda.device_count()} GPUs here"
         parser.error(f"argument --device: {name} was asked for, but {found}")
     if flags.cuda_graph and kind != "cuda":
         parser.error(f"argument --cuda_graph: is for a GPU, got --device {name}")
     flags.device = "cpu" if kind == "cpu" else name
-    flags.precision = flags.precision or ("bf16" if kind == "cuda" else "fp32")
+    gpu = kind == "cuda"
+    if flags.precision is None:
+        flags.precision = "bf16" if gpu and machine.has_bf16_units(name) else "fp32"
+    if flags.channels_last is None:
+        flags.channels_last = gpu
+    if flags.cuda_graph is None:
+        flags.cuda_graph = gpu and os.environ.get("WORLD_SIZE", "1") == "1"
+    if flags.compile and gpu:
+        print("note: --compile is left out on a GPU: it would not fuse the neuron, which has a kernel of its own")
+        flags.compile = False

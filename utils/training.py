@@ -119,6 +119,7 @@ class Trainer:
         self.steps = math.ceil(len(data.train) / self.batch)
         self._captured: tuple = ()
         torch.backends.cudnn.benchmark = True  # on CUDA: the fastest algorithm for each shape, tried at the first
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 is fp32
 
     def epoch(
         self,

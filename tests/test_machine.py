@@ -1,0 +1,193 @@
+"""What is chosen, refused and said for a machine; the GPUs here are pretended ones."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import FLAGS, script
+
+from utils import machine
+from utils.flags import get_args
+from utils.machine import has_bf16_units
+
+
+def args_of(line=""):
+    return get_args("train_snn_mine.py", "mine", None, line.split())
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A card that torch sees: with units for bf16, or after ``gpu(False)`` without."""
+
+    def units(there):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or there
+        )
+
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "device": nullcontext,
+        "get_device_name": lambda device: "Card 3000",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(machine.functional, "neuron_implementation", lambda *_: {"implementation": "triton"})
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    units(True)
+    return units
+
+
+@pytest.fixture
+def smi(monkeypatch, tmp_path):
+    """Puts an nvidia-smi on the path of a machine where torch sees no GPU."""
+
+    def put(text, code=0):
+        path = tmp_path / "nvidia-smi"
+        path.write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return put
+
+
+def line_of(capsys, act):
+    """The one line that a program ends with."""
+    with pytest.raises(SystemExit) as stop:
+        act()
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+# --- defaults --------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_card_steps_are_captured_with_channels_last_and_in_bf16_where_it_has_units(gpu):
+    args = args_of()
+    assert (args.device, args.precision, args.channels_last, args.cuda_graph) == ("cuda", "bf16", True, True)
+    args = args_of("--no-channels_last --no-cuda_graph --precision fp32")
+    assert (args.precision, args.channels_last, args.cuda_graph) == ("fp32", False, False)
+    gpu(False)
+    assert args_of("--device cuda:0").precision == "fp32"
+    assert args_of("--precision bf16").precision == "bf16"
+    args = args_of("--device cpu")
+    assert (args.precision, args.channels_last, args.cuda_graph) == ("fp32", False, False)
+
+
+def test_several_ranks_do_not_capture(gpu, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (args_of().cuda_graph, args_of().channels_last) == (False, True)
+    assert args_of("--cuda_graph").cuda_graph, "which is refused with a reason"
+
+
+def test_compile_is_left_out_on_a_card_and_the_user_is_told(gpu, capsys):
+    assert not args_of("--compile").compile
+    (note,) = capsys.readouterr().out.splitlines()
+    assert "--compile" in note
+    assert args_of("--compile --device cpu").compile
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni amx_int8\n", False),
+        ("flags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("flags\t\t: avx512f amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        (None, True),
+    ],
+)
+def test_a_cpu_tells_whether_it_has_units_for_bf16(monkeypatch, tmp_path, text, units):
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    if text is not None:
+        machine.CPU_INFO.write_text(f"model name\t: Some CPU\n{text}")
+    assert has_bf16_units("cpu") == units
+    notes = machine.describe(args_of("--device cpu --precision bf16")).splitlines()[1:]
+    assert len(notes) == (not units)
+    assert not machine.describe(args_of("--device cpu")).splitlines()[1:]
+
+
+# --- what is said, and what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "named", "not_named"),
+    [
+        ("", "bf16 triton channels captured", "TF32 note"),
+        ("--precision fp32 --no-cuda_graph", "fp32 TF32 channels", "captured"),
+        ("--neuron relu --timestep 1", "bf16", "triton"),
+    ],
+)
+def test_a_run_says_what_it_runs_on(gpu, line, named, not_named):
+    (said,) = machine.describe(args_of(line)).splitlines()
+    assert all(word in said for word in ["Card 3000", *named.split()])
+    assert not any(word in said for word in not_named.split())
+    gpu(False)
+    assert len(machine.describe(args_of(f"{line} --precision bf16")).splitlines()) == 2
+
+
+def test_it_is_said_before_the_first_epoch(run, capsys):
+    run("oneshot", "--end_iter", "1")
+    said, *rest = capsys.readouterr().out.splitlines()
+    assert all(word in said for word in (torch.backends.cpu.get_cpu_capability(), "fp32", "neuron"))
+    assert "epoch 1/1" in "".join(rest)
+
+
+@pytest.mark.parametrize("version", [None, "13.0"])
+def test_a_gpu_that_torch_does_not_see_is_not_passed_over(smi, monkeypatch, capsys, version):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    smi("GPU 0: Card 3000 (UUID: GPU-1)")
+    for line in ("", "--device cuda"):
+        message = line_of(capsys, lambda line=line: args_of(line))
+        assert ("driver" if version else "without CUDA") in message
+    assert args_of("--device cpu").device == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert args_of().device == "cpu"
+
+
+def test_a_machine_without_a_gpu_needs_no_flag(smi, monkeypatch, tmp_path):
+    smi("No devices were found", code=6)
+    assert args_of().device == "cpu"
+    smi("NVIDIA-SMI has failed because it could not reach the driver of the GPU", code=9)
+    assert args_of().device == "cpu"
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert args_of().device == "cpu"
+
+
+def test_what_tritons_kernels_are_built_with_is_looked_for_before_anything_is_written(
+    gpu, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+
+    def refused():
+        line = line_of(capsys, lambda: script("oneshot")([*FLAGS["oneshot"].split(), "--device", "cuda"]))
+        assert not list(tmp_path.glob("runs*"))
+        return line
+
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("CC", raising=False)
+    assert "install gcc" in refused()
+    monkeypatch.setenv("CC", "mycc")
+    assert "mycc" in refused()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mycc").write_text("")
+    (tmp_path / "bin" / "mycc").chmod(0o755)
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
+    assert "python3-dev" in refused()
+    (tmp_path / "Python.h").write_text("")
+    machine.check_compiler(args_of())
+
+
+@pytest.mark.parametrize(
+    ("device", "neuron", "chosen"), [("cpu", "lif", ""), ("cuda", "relu", "triton"), ("cuda", "lif", "torch")]
+)
+def test_without_triton_no_compiler_is_needed(gpu, monkeypatch, tmp_path, device, neuron, chosen):
+    monkeypatch.setattr(machine.functional, "neuron_implementation", lambda *_: {"implementation": chosen})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    machine.check_compiler(SimpleNamespace(device=device, neuron=neuron))
