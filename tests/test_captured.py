@@ -1,6 +1,7 @@
 """The captured step on a stand-in for a GPU, and the layout with channels innermost."""
 
-from contextlib import contextmanager, nullcontext
+import gc
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -66,17 +67,35 @@ def card(monkeypatch):
         return graphs[-1]
 
     @contextmanager
-    def capture(graph, stream):
-        with graph:
+    def on(stream):
+        before, current[0] = current[0], stream
+        try:
             yield
-        graph.undo()
+        finally:
+            current[0] = before
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    @contextmanager
+    def capture(graph, stream):
+        before, current[0] = current[0], stream
+        try:
+            with graph:
+                yield
+        except RuntimeError as error:  # torch leaves the stream as it is, too
+            graph.undo()
+            raise RuntimeError("the capture was invalidated") from error
+        graph.undo()
+        current[0] = before
+
+    def stream():
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current = [stream()]
     monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return graphs
 
 
@@ -121,9 +140,10 @@ class Case:
         self.mask = magnitude_mask(self.model, 0.6, "local")
         apply_mask(self.model, self.mask)
         self.trainer, self.optimizer = Trainer(self.model, data, self.args), make_optimizer(self.model, self.args)
-        self.rows = []
+        self.rows, self.gradients = [], []
 
     def change(self, step, generator):
+        self.gradients.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
         for m in self.mask.values():  # as many weights are kept as before
             m.copy_(m.flatten()[torch.randperm(m.numel(), generator=generator)].view_as(m))
 
@@ -142,6 +162,7 @@ def assert_same(one, other):
     a, b = one.tensors(), other.tensors()
     assert a.keys() == b.keys()
     assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert all(torch.equal(own, expected) for own, expected in zip(one.gradients, other.gradients, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +181,8 @@ def test_captured_steps_train_as_others_do(card, monkeypatch, arch, flags):
     assert_same(graphed, plain)
 
 
-def test_a_step_is_captured_anew_for_other_timesteps_optimizers_and_masks(card, monkeypatch):
+def test_a_step_is_captured_anew_for_other_timesteps_and_optimizers_only(card, monkeypatch):
+    """A mask may be another object in every epoch."""
     monkeypatch.setattr(training, "learning_rate", lambda args, epoch: 2.0**-6)
     graphed, plain = Case(True, arch="alexnet"), Case(False, arch="alexnet")
 
@@ -177,12 +199,67 @@ def test_a_step_is_captured_anew_for_other_timesteps_optimizers_and_masks(card, 
         case.optimizer = make_optimizer(case.model, case.args)
     train(3, timesteps=3)
     for case in (graphed, plain):
-        case.mask = {name: m.clone() for name, m in case.mask.items()}
-    train(4, timesteps=3)
+        before, values = case.mask, {name: m.clone() for name, m in case.mask.items()}
+        case.mask = magnitude_mask(case.model, 0.8, "local")
+        case.train(0, timesteps=3)
+        assert all(torch.equal(m, values[name]) for name, m in before.items())
+    assert len(card) == 3
+    assert_same(graphed, plain)
+
+
+def test_a_capture_that_fails_is_noted_once_and_nothing_is_trained_twice(card, capsys):
+    graphed, plain = Case(True, arch="alexnet"), Case(False, arch="alexnet")
+    stream = torch.cuda.current_stream()
+
+    def fail(*_):
+        if len(card) == 1 and not failed:
+            failed.append(torch.cuda.current_stream() is not stream)
+            raise RuntimeError("not permitted while a stream is captured\nand more")
+
+    failed = []
+    graphed.optimizer.register_step_post_hook(fail)
+    for case in (graphed, plain):
+        case.train(0)
+        case.train(1)
+    assert failed == [True]
+    assert len(card) == 1
+    assert torch.cuda.current_stream() is stream
+    assert gc.isenabled()
+    (note,) = capsys.readouterr().out.splitlines()
+    assert "not permitted" in note
+    assert graphed.tensors().keys() == plain.tensors().keys()
+    for name, own in graphed.tensors().items():  # its rate is a number of fp32
+        torch.testing.assert_close(own, plain.tensors()[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_run_with_captured_steps_resumes_without_and_the_other_way_round(card, monkeypatch, captured):
+    monkeypatch.setattr(training, "learning_rate", lambda args, epoch: 2.0 ** -(6 + epoch))
+    begun, expected = (Case(not captured, "--optimizer", "adam", arch="alexnet") for _ in range(2))
+    resumed = Case(captured, "--optimizer", "adam", arch="alexnet")
+    for case in (begun, expected):
+        case.train(0)
+    resumed.model.load_state_dict(begun.model.state_dict())
+    resumed.optimizer.load_state_dict(begun.optimizer.state_dict())
+    resumed.mask, resumed.rows, resumed.gradients = begun.mask, begun.rows, begun.gradients
+    for epoch in (1, 2):
+        for case in (resumed, expected):
+            case.train(epoch)
+    assert len(card) == (1 if captured else 2)
+    assert_same(resumed, expected)
+
+
+def test_the_capture_is_not_in_the_seconds(card, monkeypatch):
+    case, now = Case(True, arch="alexnet"), [0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: sum(now))
+    monkeypatch.setattr(Recorder, "undo", lambda graph: now.append(1000))
+    row = case.trainer.epoch(case.optimizer, None, 0, 2, after_step=lambda step, generator: now.append(1))
+    assert row["seconds"] == case.trainer.steps
+    assert now.count(1000) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [(), ("--compile", "--channels_last"), ("--optimizer", "adam")])
+@pytest.mark.parametrize("flags", [(), ("--no-channels_last",), ("--optimizer", "adam")])
 def test_captured_steps_train_as_others_do_on_a_gpu(flags):
     flags = ("--device", "cuda", "--precision", "fp32", *flags)
     graphed, plain = Case(True, *flags), Case(False, *flags)

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from models import build_model
+from models.layers import NormAndFire
 from utils import training
 from utils.data import load_data
 from utils.flags import get_args
@@ -323,6 +324,59 @@ def test_a_loss_or_a_weight_that_is_not_finite_ends_the_training(trainer):
     ours = trainer("--learning_rate", "1e39", "--batch_size", "36")  # one step, after a loss that is finite
     with pytest.raises(DivergedError, match="--learning_rate"):
         train(ours)
+
+
+@pytest.mark.slow  # torch.compile traces every block
+def test_compiling_is_not_in_the_seconds_and_leaves_no_trace(trainer, monkeypatch):
+    now, compiled_at = [0], []
+
+    def backend(graph, inputs):
+        compiled_at.append(len(now))
+        now.append(1000)
+        return graph
+
+    def train_two_epochs(case):
+        optimizer, rows = make_optimizer(case.model, case.args), []
+        torch.manual_seed(3)
+        for epoch, timesteps in enumerate((3, 2)):
+            rows.append(case.epoch(optimizer, None, epoch, timesteps, after_step=lambda step, generator: now.append(1)))
+        return rows, [*case.model.state_dict().values(), torch.rand(3)]
+
+    monkeypatch.setattr(training.time, "perf_counter", lambda: sum(now))
+    torch._dynamo.reset()
+    ours, plain = (trainer("--valid_freq", "9", "--end_iter", "9") for _ in range(2))
+    ours.args.compile = True
+    for module in ours.model.modules():  # as compile_blocks does it, without a C++ compiler
+        if isinstance(module, NormAndFire):
+            module.compile(backend=backend, dynamic=False)
+    rows, left = train_two_epochs(ours)
+    assert [row["seconds"] for row in rows] == [ours.steps, ours.steps]
+    assert max(compiled_at) > ours.steps > min(compiled_at), "for both numbers of timesteps"
+    expected, of_plain = train_two_epochs(plain)
+    assert rows == expected
+    assert all(torch.equal(own, other) for own, other in zip(left, of_plain, strict=True))
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(8, [4, 8]), (36, [36])])
+def test_passes_before_the_clock_starts_have_both_sizes_of_a_batch_and_leave_no_trace(trainer, batch_size, sizes):
+    ours, seen = trainer("--batch_size", str(batch_size)), []
+    ours.args.compile = True  # which asks for them; no block is compiled
+    drops = nn.Dropout()
+    drops.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[1]))
+    ours.model.classifier = nn.Sequential(drops, ours.model.classifier)
+    for parameter in ours.model.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    ours.model.train()
+    before, gradients = state_of(ours.model), [p.grad for p in ours.model.parameters()]
+    torch.manual_seed(3)
+    for _ in range(2):
+        ours._prepare(3)
+    drawn = torch.rand(3)
+    assert sorted(seen) == sizes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.model.state_dict().items())
+    assert all(p.grad is g and (g == 2).all() for p, g in zip(ours.model.parameters(), gradients, strict=True))
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
 
 
 def test_fp32_is_not_tf32(trainer, monkeypatch):

@@ -33,8 +33,9 @@ from .stages import Stage, read_rows, search_costs
 from .summary import describe, read_results
 from .tickets import load_ticket, write_ticket
 
-# where things are, how activations lie in memory, what is only shown, and what follows from other flags
-MAY_DIFFER = set("output_dir exp_name data_dir ticket device channels_last tensorboard label effective_seed".split())
+# where things are, how a step is laid out and launched, what is only shown, and what follows from other flags
+MAY_DIFFER = {"output_dir", "exp_name", "data_dir", "ticket", "device", "channels_last", "cuda_graph", "tensorboard"}
+MAY_DIFFER |= {"label", "effective_seed"}
 WRITTEN = ("tickets", "networks", "checkpoints")  # folders that are made after args.json
 NOT_RECORDED = ("restart", "checkpoint_minutes")
 REMEDY = "use another --exp_name, or --restart to delete that run and start over"

@@ -52,10 +52,8 @@ def make_optimizer(model: nn.Module, args, undecayed: Iterable[nn.Parameter] = (
     free = {id(parameter) for parameter in undecayed}
     groups = [{"params": [parameter for parameter in model.parameters() if id(parameter) not in free]}]
     groups += [{"params": undecayed, "weight_decay": 0.0}] if undecayed else []
-    if args.cuda_graph:  # a captured step reads its rate from memory
-        rate = torch.tensor(rate, device=next(model.parameters()).device)
     if args.optimizer == "adam":
-        return torch.optim.Adam(groups, rate, weight_decay=decay, fused=True, capturable=args.cuda_graph)
+        return torch.optim.Adam(groups, rate, weight_decay=decay, fused=True)
     return torch.optim.SGD(groups, rate, args.momentum, weight_decay=decay, fused=True)
 
 
@@ -70,12 +68,23 @@ def learning_rate(args, epoch: int) -> float:
     return args.learning_rate * 0.1 ** sum(epoch >= share * args.end_iter for share in (1 / 2, 3 / 4))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, captured: bool = False) -> None:
+    """Set the rate of all parameters, also of an optimizer whose state is from a run with or without captured steps.
+
+    Args:
+        optimizer: of the model's parameters.
+        rate: the learning rate.
+        captured: whether its steps are captured: these read the rate from the device's memory.
+    """
     for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):
+        if "capturable" in group:
+            group["capturable"] = captured
+        if not captured:
+            group["lr"] = rate
+        elif torch.is_tensor(group["lr"]):
             group["lr"].fill_(rate)
         else:
-            group["lr"] = rate
+            group["lr"] = torch.tensor(rate, device=group["params"][0].device)
 
 
 def forward(model: nn.Module, inputs: Tensor, timesteps: int, precision: str, full: bool = True) -> Tensor:
@@ -118,6 +127,7 @@ class Trainer:
         self.batch = min(args.batch_size, len(data.train))  # images of a full batch, of all ranks
         self.steps = math.ceil(len(data.train) / self.batch)
         self._captured: tuple = ()
+        self._prepared: set[int] = set()
         torch.backends.cudnn.benchmark = True  # on CUDA: the fastest algorithm for each shape, tried at the first
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 is fp32
 
@@ -146,21 +156,23 @@ class Trainer:
 
         Returns:
             For the log: timesteps, lr, mean loss, train_accuracy on the augmented images and test_accuracy (None
-            between tests) in %, and the seconds of the training alone; with ``--valid_samples`` also valid_accuracy, on
-            the images held out.
+            between tests) in %, and the seconds of the training alone, without what is compiled or captured for it;
+            with ``--valid_samples`` also valid_accuracy, on the images held out.
 
         Raises:
             DivergedError: the loss or the weights are not finite.
         """
         args, images = self.args, len(self.data.train)
         rate = learning_rate(args, epoch if lr_epoch is None else lr_epoch)
-        set_learning_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate, args.cuda_graph)
         step = self._step(optimizer, mask, timesteps)
         draws = {purpose: generator(args, purpose, level, epoch) for purpose in ("shuffle", "augment", "after_step")}
         batches = self.data.train.augmented_batches(self.batch, draws["shuffle"], draws["augment"], _share)
         loss_sum = torch.zeros((), dtype=torch.float64, device=args.device)
         correct_sum = torch.zeros((), dtype=torch.int64, device=args.device)
         self.model.train()
+        self._prepare(timesteps)
+        captured = self._capture_seconds()
         started = time.perf_counter()
         title = f"epoch {epoch + 1}/{args.end_iter} T={timesteps}"
         bar = tqdm(total=images, desc=title, unit="image", leave=False, file=sys.stdout, disable=None, mininterval=0.5)
@@ -176,7 +188,7 @@ class Trainer:
                     bar.set_postfix_str(f"loss {losses.item() / len(labels):.3f}", refresh=False)
         loss_sum, correct_sum = distributed.sums(loss_sum, correct_sum)
         loss, accuracy = loss_sum.item() / images, 100 * correct_sum.item() / images
-        seconds = distributed.largest(time.perf_counter() - started)
+        seconds = distributed.largest(time.perf_counter() - started - (self._capture_seconds() - captured))
         distributed.from_rank_0(self.model.buffers())
         self._check_finite(loss, f"in {title}, learning rate {rate:.4g}")
         tested = (epoch + 1) % args.valid_freq == 0 or epoch + 1 == args.end_iter
@@ -200,17 +212,54 @@ class Trainer:
     def _step(self, optimizer, mask, timesteps) -> Callable:
         """What trains on a batch of ``whole`` images, of which this rank has some: (whole, images, labels) -> summed
         loss and number of correct predictions. With ``--cuda_graph`` a full batch's step is captured once, for as long
-        as optimizer, mask and timesteps stay."""
-        plain = partial(self._train_on, optimizer, mask, timesteps)
+        as the optimizer, the layers that have a mask, and the timesteps stay."""
+        mask = mask or {}
+        plain = partial(self._train_on, optimizer, tuple(mask), timesteps)
         if not self.args.cuda_graph:
-            return plain
-        made_for = (optimizer, mask, timesteps)
-        if not self._captured or any(a is not b for a, b in zip(made_for, self._captured[0], strict=True)):
-            self._captured = (made_for, Graphed(partial(plain, self.batch)))
+            return lambda whole, *batch: plain(whole, *batch, *mask.values())
+        parameters = list(self.model.parameters())
+        made_for = (optimizer, tuple(mask), timesteps)
+        if not self._captured or self._captured[0] != made_for:
+            full = partial(plain, self.batch)
+            self._captured = (made_for, Graphed(lambda *batch: (*full(*batch), *(p.grad for p in parameters))))
         graphed = self._captured[1]
-        return lambda whole, *batch: graphed(*batch) if whole == self.batch else plain(whole, *batch)
 
-    def _train_on(self, optimizer, mask, timesteps, whole, inputs, labels) -> tuple[Tensor, Tensor]:
+        def step(whole, *batch):
+            if whole != self.batch:
+                return plain(whole, *batch, *mask.values())
+            losses, correct, *gradients = graphed(*batch, *mask.values())
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient  # a smaller batch has left others
+            return losses, correct
+
+        return step
+
+    def _capture_seconds(self) -> float:
+        return self._captured[1].seconds if self._captured else 0.0
+
+    def _prepare(self, timesteps: int) -> None:
+        """Before the clock starts, have kernels compiled, loaded and chosen for both sizes of a batch, where that
+        takes time: by passes after which weights, statistics, gradients and random numbers are as they were."""
+        args, cuda = self.args, self.args.device != "cpu"
+        if timesteps in self._prepared or not (args.compile or cuda):
+            return
+        self._prepared.add(timesteps)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        images = len(self.data.train)
+        with torch.random.fork_rng([torch.cuda.current_device()] if cuda else []):
+            for whole in {self.batch, images - (self.steps - 1) * self.batch}:
+                split = self.data.train.part(_share(whole))
+                ((inputs, labels),) = split.augmented_batches(len(split), torch.Generator(), torch.Generator())
+                logits = forward(self.model, inputs, timesteps, args.precision, whole == self.batch)
+                torch.autograd.grad(loss_over_time(logits, labels), parameters, allow_unused=True)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        if cuda:
+            torch.cuda.synchronize()
+        distributed.barrier()  # no rank's clock runs while it waits for another's passes
+
+    def _train_on(self, optimizer, masked, timesteps, whole, inputs, labels, *masks) -> tuple[Tensor, Tensor]:
         own = distributed.part_of(whole)
         images = own.stop - own.start  # 0 where one was only borrowed
         optimizer.zero_grad()
@@ -218,9 +267,9 @@ class Trainer:
         loss = loss_over_time(logits, labels)
         distributed.weighted(loss, images, whole).backward()
         optimizer.step()
-        if mask is not None:
+        if masked:
             weights = prunable(self.model)
-            torch._foreach_mul_([weights[name].detach() for name in mask], list(mask.values()))
+            torch._foreach_mul_([weights[name].detach() for name in masked], masks)
         correct = logits.detach().float().mean(0).argmax(-1) == labels
         return loss.detach() * images, correct.sum() * (images > 0)
 
