@@ -9,12 +9,15 @@ from spikingjelly.activation_based import functional, layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .lif import LIF
+
 Conv3x3 = partial(layer.Conv2d, kernel_size=3, padding=1, step_mode="m")
 Conv1x1 = partial(layer.Conv2d, kernel_size=1, step_mode="m")
 Linear = partial(layer.Linear, step_mode="m")
 HalvingMaxPool = partial(layer.MaxPool2d, kernel_size=2, stride=2, step_mode="m")
 AvgPoolTo = partial(layer.AdaptiveAvgPool2d, step_mode="m")
 
+MOST_FUSED_TIMESTEPS = 16  # a fused block holds the membranes of all timesteps in registers
 MOST_KERNELS = 256  # shapes x timesteps x training or not; past torch's own limit of 8, calls would run unfused
 
 
@@ -53,8 +56,8 @@ class BatchNorm(nn.BatchNorm2d):
 class NormAndFire(nn.Module):
     """What stands between two layers of weights: batch norm, the shortcut if there is one, the neuron.
 
-    ``compile_blocks`` makes one kernel of it: these operations compute little, and each would read and write whole
-    activations of every timestep.
+    ``compile_blocks`` or ``fuse_blocks`` make one kernel of it: these operations compute little, and each would read
+    and write whole activations of every timestep.
 
     Args:
         channels: C.
@@ -88,6 +91,22 @@ def compile_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (NormAndFire, BatchNorm)):
             module.compile(dynamic=False)
+
+
+def fuse_blocks(model: nn.Module) -> None:
+    """Have the Triton kernels of ``models.norm_fire`` compute every ``NormAndFire``, in place; parameters, statistics
+    and ``state_dict`` are as before. For a GPU, and for activations with the channels innermost in memory.
+
+    Raises:
+        ValueError: a block's neuron is not ``LIF``.
+    """
+    from .norm_fire import norm_and_fire  # needs Triton, which not every torch comes with
+
+    for module in model.modules():
+        if isinstance(module, NormAndFire):
+            if type(module.neuron) is not LIF:
+                raise ValueError(f"only blocks of LIF neurons can be fused, got {type(module.neuron).__name__}")
+            module.forward = partial(norm_and_fire, module)
 
 
 class GlobalAvgPool(nn.Module):
