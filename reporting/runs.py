@@ -12,7 +12,7 @@ from utils.files import InputError, read_json
 FILES = ("args.json", "metrics.jsonl", "results.json")
 TRACES = (*FILES, "summary.txt", "tickets", "checkpoints")  # what tells that a folder is a run's
 # what a time depends on
-TIMING = ("device_name", "threads", "ranks", "versions", "precision", "compile", "channels_last", "cuda_graph")
+TIMING = ("device_name", "threads", "ranks", "versions", "precision", "compile", "channels_last", "cuda_graph", "fused")
 NUMBER, NONE = (int, float), type(None)
 ARGS_REQUIRED = {
     **dict.fromkeys(("method", "label", "dataset", "arch", "neuron"), str),
@@ -92,8 +92,9 @@ class Run:
     def timing(self) -> str | None:
         """All that its times depend on: times of two runs may be compared if these are equal. None if it was resumed
         on another machine or in another way: its times are of neither."""
-        ways = {
-            json.dumps([(now | self.args).get(name) for name in TIMING], sort_keys=True) for now in self.circumstances
+        ways = {  # a flag that an older run does not know was off
+            json.dumps([(now | self.args).get(name) or None for name in TIMING], sort_keys=True)
+            for now in self.circumstances
         }
         return ways.pop() if len(ways) == 1 else None
 

@@ -41,7 +41,7 @@ SIZE = ("dataset", "arch", "width", "train_samples", "valid_samples", "test_samp
 NO_SETTING = {  # what makes no other experiment of a run
     *SIZE,
     *("round", "output_dir", "exp_name", "data_dir", "device", "tensorboard", "checkpoint_minutes"),  # place
-    *("effective_seed", "circumstances", "resumed_with", "channels_last", "cuda_graph"),
+    *("effective_seed", "circumstances", "resumed_with", "channels_last", "cuda_graph", "fused"),
     *("sparsity", "sparsity_round", "prune_iterations", "evaluate_levels"),  # how sparse
     *("method", "label", "script", "control", "ticket", "ticket_origin", "ticket_checksum"),  # part of the label
     *("early_time", "grow", "from_dense"),  # part of the label, too

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import FLAGS, script
 
+from utils import experiment, flags
 from utils.goal import goal_of, prunings_of
 from utils.machine import has_bf16_units
 from utils.masks import dense_mask, sparsity, sparsity_after
@@ -125,6 +126,9 @@ def refused(capsys, tmp_path, monkeypatch):
         ("earlyT_laterewindlth", "--evaluate_levels 4 --sparsity 50", "0 3 4"),
         ("laterewindlth", "--momentum 0.5 --optimizer adam", "--optimizer sgd"),
         ("laterewindlth", "--cuda_graph --device cpu", "GPU cpu"),
+        ("laterewindlth", "--fused --device cpu", "--device cuda --channels_last"),
+        ("laterewindlth", "--fused --device cpu --channels_last --neuron relu --timestep 1", "cuda lif"),
+        ("laterewindlth", "--fused --device cpu --timestep 17", "16"),
         ("oneshot", "--snip_samples 100", "--ticket snip"),
         ("oneshot", "--snip_samples=100", "--ticket snip"),
         ("oneshot", "--search_timestep 2 --ticket snip", "--ticket magnitude"),
@@ -170,6 +174,28 @@ def test_bad_flags_are_named_in_one_line(refused, method, line, named):
     flag = line.split()[0].split("=")[0]
     assert all(word in message.replace(flag, "", 1) for word in named.split()), message
     assert flag in message
+
+
+def test_blocks_are_fused_on_a_gpu_when_asked_for(parsed, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(flags, "usual_precision", lambda device: "bf16")
+    monkeypatch.setattr(flags, "find_spec", lambda name: name)
+    assert not parsed("laterewindlth").fused
+    assert parsed("laterewindlth", "--fused").fused
+    assert "--channels_last" in refused("laterewindlth", "--fused --no-channels_last")
+    monkeypatch.setattr(flags, "find_spec", lambda name: None)
+    assert "triton" in refused("laterewindlth", "--fused")
+
+
+def test_a_run_with_fused_blocks_has_them(run, monkeypatch):
+    def fuse_blocks(model):
+        raise Started(model)
+
+    monkeypatch.setattr(flags, "_check_fused", lambda parser, flags: None)  # it refuses the CPU
+    monkeypatch.setattr(experiment, "fuse_blocks", fuse_blocks)
+    with pytest.raises(Started):
+        run("oneshot", "--ticket", "random", "--fused")
 
 
 @pytest.mark.parametrize("flag", ["--sparsity 90", "--sparsity_round 3", "--prune_percent 20", "--pruning_scope local"])

@@ -212,7 +212,7 @@ def test_labels_name_what_tells_experiments_apart(tmp_path):
         # only how sparse
         ("sparse", method, 1, row, {"sparsity": 98.0, "prune_iterations": 3, "evaluate_levels": [3]}),
         ("place", method, 1, row, {"output_dir": "x", "device": "cuda", "checkpoint_minutes": 9.0}),
-        ("how", method, 1, row, {"channels_last": True, "cuda_graph": True}),
+        ("how", method, 1, row, {"channels_last": True, "cuda_graph": True, "fused": True}),
         ("eb", "earlybird", 1, row, {}),
         # without rewinding only how sparse
         ("eb-50", "earlybird", 1, result(9, 90.0), {"prune_percent": 50.0}),

@@ -26,7 +26,7 @@ from reporting.tables import every_ticket, overview, table_1
 pytestmark = pytest.mark.xdist_group("report")
 HERE = {"device_name": "CPU", "threads": 1, "ranks": 1, "versions": {"torch": "2"}, "source": "a"}
 OTHER = {"device_name": "GPU", "threads": 2, "ranks": 2, "versions": {"torch": "3"}, "precision": "bf16"}
-OTHER |= {"compile": True, "channels_last": True, "cuda_graph": True}
+OTHER |= {"compile": True, "channels_last": True, "cuda_graph": True, "fused": True}
 
 
 def remarks_of(root):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from models.layers import compile_blocks
+from models.layers import compile_blocks, fuse_blocks
 
 from . import distributed, machine
 from .activity import check_countable
@@ -70,6 +70,8 @@ def start(
         check(model)
     if args.compile:
         compile_blocks(model)
+    if args.fused:
+        fuse_blocks(model)
     run.begin(model, network, data.checksum(), _circumstances(args))
     print(machine.describe(args))
     for name in SIGNALS:

@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from models import ARCHITECTURES, BATCH_NORMS, NEURONS
+from models.layers import MOST_FUSED_TIMESTEPS
 
 from . import machine
 from .datasets import DATASETS, DEFAULT_DIR
@@ -199,6 +201,8 @@ def shared_flags(parser: Parser) -> None:
     flag("--channels_last", bool, None, None, "train with channels innermost in memory", shown="on a GPU")
     text = "launch a training step as one CUDA graph; for a single GPU"
     flag("--cuda_graph", bool, None, None, text, shown="on a single GPU")
+    flag("--fused", bool, False, None, "Triton kernels for what lies between convolutions; untried on a card")
+    parser.check(partial(_check_fused, parser))
     flag("--output_dir", str, "runs", "DIR", "folder that holds all runs")
     flag(
         "--exp_name",
@@ -287,3 +291,16 @@ def _choose_device(parser: Parser, flags: argparse.Namespace) -> None:
     if flags.compile and gpu:
         print("note: --compile is left out on a GPU: it would not fuse the neuron, which has a kernel of its own")
         flags.compile = False
+
+
+def _check_fused(parser: Parser, flags: argparse.Namespace) -> None:
+    needs = {
+        "--device cuda": flags.device != "cpu",
+        "--channels_last": flags.channels_last,
+        "--neuron lif": flags.neuron == "lif",
+        f"--timestep at most {MOST_FUSED_TIMESTEPS}": flags.timestep <= MOST_FUSED_TIMESTEPS,
+        "the package triton": find_spec("triton") is not None,
+    }
+    missing = [need for need, met in needs.items() if not met]
+    if flags.fused and missing:
+        parser.error(f"argument --fused: needs {', '.join(missing)}")

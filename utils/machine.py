@@ -76,7 +76,12 @@ def describe(args) -> str:
     cuda = args.device != "cpu"
     parts = [args.precision + " without TF32" * (cuda and args.precision == "fp32")]
     parts += [f"neuron: {neuron_implementation(args)}"] if args.neuron == "lif" else []
-    switches = {"compile": "compiled", "channels_last": "channels last", "cuda_graph": "captured steps"}
+    switches = {
+        "compile": "compiled",
+        "channels_last": "channels last",
+        "cuda_graph": "captured steps",
+        "fused": "fused blocks",
+    }
     parts += [text for name, text in switches.items() if getattr(args, name)]
     line = f"{device_name(args.device)}: {', '.join(parts)}"
     if args.precision == "bf16" and not has_bf16_units(args.device):
