@@ -3,6 +3,7 @@
 import json
 import os
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -330,6 +331,28 @@ def test_optimizer_continues_exactly(tmp_path, kind):
     assert torch.equal(resumed.weight, whole.weight)
     assert torch.equal(resumed.bias, whole.bias)
     assert not torch.equal(stepped(kind, range(3, 6))[0].weight, whole.weight)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(torch.optim.SGD, momentum=0.9, fused=True), partial(torch.optim.Adam, fused=True)]
+)
+def test_optimizer_continues_on_weights_with_channels_innermost(tmp_path, make):
+    """A fused step pairs what lies at the same place in memory."""
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+
+    models = [nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last) for _ in range(2)]
+    (whole, first), (resumed, second) = ((model, make(model.parameters(), 1e-3)) for model in models)
+    step(whole, first)
+    save_checkpoint(tmp_path / "c", {"model": whole, "optimizer": first}, {})
+    load_checkpoint(tmp_path / "c", {"model": resumed, "optimizer": second}, "cpu")
+    assert resumed.weight.is_contiguous(memory_format=torch.channels_last)
+    step(whole, first)
+    step(resumed, second)
+    assert torch.equal(resumed.weight, whole.weight)
 
 
 class Holder:

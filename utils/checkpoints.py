@@ -31,6 +31,8 @@ def load_checkpoint(path: Path, state: dict[str, object], device: str) -> None:
             saved = _put_back(metadata["state"][name], tensors, device)
             if hasattr(value, "load_state_dict"):
                 value.load_state_dict(saved)
+                if isinstance(value, torch.optim.Optimizer):
+                    _lay_out_as_parameters(value)
             else:
                 _load_in_place(value, saved)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -63,6 +65,15 @@ def _put_back(tree: dict, tensors: dict[str, Tensor], device: str):
     if kind == "list":
         return [_put_back(inner, tensors, device) for inner in value]
     return value
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Lay an optimizer's tensors out in memory as its parameters are, which may have their channels innermost: a fused
+    step takes that for granted. On a CPU it would give a weight another one's momentum, on a GPU it refuses."""
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _load_in_place(target: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
