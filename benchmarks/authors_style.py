@@ -1,6 +1,9 @@
 """The yardstick of ``speed.py``: each piece of work in the style of the authors' release, written independently of it
 and of ``models/`` and ``utils/``. The networks are those of ``loop.py``, a Python loop over timesteps."""
 
+from collections.abc import Callable
+from functools import wraps
+
 import numpy as np
 import torch
 from PIL import Image
@@ -10,6 +13,21 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 
+def with_tf32(function: Callable) -> Callable:
+    """A function that runs as torch comes: on a GPU, convolutions in fp32 use TF32, which this project turns off."""
+
+    @wraps(function)
+    def wrapped(*args):
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True
+        try:
+            return function(*args)
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+
+    return wrapped
+
+
+@with_tf32
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, timesteps: int):
     """One step on images [B,C,H,W]; gradients are masked parameter by parameter, |w| < 1e-6 standing for pruned."""
     loss = sum(F.cross_entropy(logits, labels) for logits in model(images, timesteps)) / timesteps
@@ -21,6 +39,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tenso
     optimizer.step()
 
 
+@with_tf32
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, timesteps: int) -> Tensor:
     """Predicted classes [N] of images [N,C,H,W], 100 at a time."""

