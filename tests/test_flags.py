@@ -179,7 +179,7 @@ def test_bad_flags_are_named_in_one_line(refused, method, line, named):
 def test_blocks_are_fused_on_a_gpu_when_asked_for(parsed, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(flags, "usual_precision", lambda device: "bf16")
+    monkeypatch.setattr(flags.machine, "has_bf16_units", lambda device: True)
     monkeypatch.setattr(flags, "find_spec", lambda name: name)
     assert not parsed("laterewindlth").fused
     assert parsed("laterewindlth", "--fused").fused

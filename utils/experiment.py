@@ -161,12 +161,12 @@ def _circumstances(args) -> dict:
         "device_name": machine.device_name(args.device),
         "ranks": distributed.ranks(),
         "threads": torch.get_num_threads(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "source": _source_checksum(args.script),
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of this checkout, with ``-dirty`` if files differ from it; None without git or outside a checkout."""
     if not (ROOT / ".git").exists():
         return None

@@ -43,9 +43,9 @@ def unused_gpu() -> str:
     )
 
 
-def neuron_implementation(args) -> str:
-    """What computes the spiking neurons on ``args.device``: spikingjelly's choice."""
-    return functional.neuron_implementation("lif", torch.device(args.device))["implementation"]
+def neuron_implementation(device: str) -> str:
+    """What computes the spiking neurons on a device: spikingjelly's choice."""
+    return functional.neuron_implementation("lif", torch.device(device))["implementation"]
 
 
 def check_compiler(args) -> None:
@@ -54,7 +54,7 @@ def check_compiler(args) -> None:
     Raises:
         InputError: there is no C compiler, or no ``Python.h``.
     """
-    if args.device == "cpu" or args.neuron == "relu" or neuron_implementation(args) != "triton":
+    if args.device == "cpu" or args.neuron == "relu" or neuron_implementation(args.device) != "triton":
         return
     remedy = "or set SJ_LIF_CUDA_IMPLEMENTATION=torch, which is slower"
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
@@ -75,7 +75,7 @@ def describe(args) -> str:
     """One line for the user: the device, the precision, and what computes the neurons; below it what is slow."""
     cuda = args.device != "cpu"
     parts = [args.precision + " without TF32" * (cuda and args.precision == "fp32")]
-    parts += [f"neuron: {neuron_implementation(args)}"] if args.neuron == "lif" else []
+    parts += [f"neuron: {neuron_implementation(args.device)}"] if args.neuron == "lif" else []
     switches = {
         "compile": "compiled",
         "channels_last": "channels last",
