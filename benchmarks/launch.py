@@ -167,7 +167,8 @@ def _run(words: tuple[str, ...], log: Path, cpus: int, folder: str, _ticket: Non
 def _start(words: tuple[str, ...], log: Path, cpus: int) -> subprocess.Popen:
     """Start a script, in a process group of its own: a terminal's Ctrl-C comes to the launcher alone."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(cpus)}
+    # threads that wait spin by default, and take the cores that the other runs need
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"OMP_NUM_THREADS": str(cpus)}
     call = [sys.executable, ROOT / words[0], *words[1:]]
     with log.open("a", encoding="utf-8") as file:
         print(f"$ {shlex.join(words)}", file=file, flush=True)

@@ -23,7 +23,7 @@ def note(word):
     with open(folder / "notes", "a") as file:
         print(name, word, file=file)
 note("begins")
-print("threads", os.environ["OMP_NUM_THREADS"], flush=True)
+print("threads", os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"], flush=True)
 again = (folder / f"{name}.tried").exists()
 (folder / f"{name}.tried").touch()
 if what == "wrong" or (what == "wrong once" and not again):
@@ -134,7 +134,7 @@ def test_jobs_and_threads(stub, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_start", counted)
     assert launch.run_here([stub(name) for name in "abcde"], tmp_path / "logs", 2, 3) == []
     assert max(most) == 2
-    assert "threads 3" in (tmp_path / "logs" / "a.log").read_text()
+    assert "threads 3 PASSIVE" in (tmp_path / "logs" / "a.log").read_text()
 
 
 LAUNCHER = """
