@@ -1,3 +1,5 @@
+import copy
+import functools
 import importlib
 import os
 import shlex
@@ -9,6 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from utils import datasets
 from utils.files import read_json
 from utils.stages import read_rows
 from utils.tickets import load_ticket
@@ -45,6 +48,25 @@ FLAGS = {
 def script(method):
     """The main function of a script."""
     return importlib.import_module(f"train_snn_{method}").main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def synthetic_images():
+    """The synthetic images are drawn once a process, not for every run: that takes as long as a run's training."""
+    drawn = functools.cache(datasets._synthetic)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "_synthetic", lambda: copy.deepcopy(drawn()))
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_pictures():
+    """The report's figures are drawn and looked at, but not turned into SVG and PNG, which takes the longest."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *_, **__: None)
+        yield
 
 
 class Finished:

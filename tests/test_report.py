@@ -7,14 +7,14 @@ import statistics
 from html import unescape
 from pathlib import Path
 
-import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from report import main
 from reporting.curves import chosen_timesteps, divergences_at_t, early_time_by_threshold
 from reporting.drawing import MARKERS, styles_of
 from reporting.experiments import sections_of
-from reporting.figures import draw_all, early_time_tickets
+from reporting.figures import draw_all
 from reporting.remarks import remarks
 from reporting.runs import read_runs
 from reporting.settings import METHODS
@@ -124,10 +124,14 @@ def sections(root):
     return sections_of(read_runs(root)[0])
 
 
-def numbers(root):
+def by_ticket(text):
     """The lines of tables.csv by experiment and ticket."""
-    lines = csv.DictReader(tables_csv(sections(root), paper_table()).splitlines())
-    return {(row["experiment"], row["ticket"]): row for row in lines}
+    return {(row["experiment"], row["ticket"]): row for row in csv.DictReader(text.splitlines())}
+
+
+def numbers(root):
+    """What tables.csv would hold of runs."""
+    return by_ticket(tables_csv(sections(root), paper_table()))
 
 
 def text_of(table):
@@ -169,14 +173,23 @@ def write_everything(root):
     (write(root, "gone", "earlybird", 5, [result(8, 1.0)]) / "args.json").unlink()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """Run folders, the report on them, and its figures by section."""
+    """Run folders, the report on them, and its figures by section. All are drawn as SVG, and one as PNG too."""
     root = tmp_path_factory.mktemp("report")
     write_everything(root / "runs")
-    drawn = {}
+    drawn, pngs, save = {}, [], Figure.savefig
+
+    def first_png(figure, file, **options):
+        if options["format"] == "png" and pngs:
+            file.write(b"\x89PNG")
+        else:
+            pngs.extend([figure] if options["format"] == "png" else [])
+            save(figure, file, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reporting.page.draw_all", lambda found: drawn.update(draw_all(found)) or drawn)
+        patch.setattr(Figure, "savefig", first_png)
         main([str(root / "runs"), "--out", str(root / "out")])
     return root / "runs", root / "out", drawn
 
@@ -185,7 +198,7 @@ def everything(tmp_path_factory):
 
 
 def test_numbers_are_means_and_sample_deviations(everything):
-    rows = numbers(everything[0])
+    rows = by_ticket((everything[1] / "tables.csv").read_text())
     for level in (8, 14):
         row, values = rows["IMP", f"level_{level:02d}"], [accuracy - level / 10 for accuracy in ACCURACY.values()]
         assert (row["n"], row["rounds"], row["level"]) == ("3", "1 2 3", str(level))
@@ -360,22 +373,6 @@ def test_divergences_are_of_a_dense_network_trained_at_t(tmp_path):
     assert set(frame["divergence"][frame["t"] == 3]) == {0.3}
 
 
-def test_a_round_counts_once_at_each_number_of_timesteps(tmp_path):
-    write_all(
-        tmp_path,
-        ("eb", "earlybird", 1, result(8, 90.0), {}),
-        ("half", "earlyT_earlybird", 1, result(8, 81.0, timesteps=3), {"early_time_threshold": 0.5}),
-        ("paper", "earlyT_earlybird", 1, result(8, 83.0, timesteps=3), {}),
-        ("zero", "earlyT_earlybird", 1, result(8, 82.0), {"early_time_threshold": 0.0}),
-    )
-    (section,) = sections(tmp_path)
-    tickets = pd.concat(early_time_tickets(section, [e for e in section.experiments if e.name == "EB + ET"]))
-    assert list(tickets["x"]) == [5, 3, 5, 3]  # of the base, then of the plain experiment
-    (plot,) = [plot for plot in draw_all([section])[section.slug] if plot.name.endswith("accuracy-early-time")]
-    (line,) = [line for line in plot.figure.axes[0].lines if line.get_label() == "89.99 %"]
-    assert list(line.get_ydata()) == [83.0, 90.0]
-
-
 # --- tables, remarks, paper ---
 
 
@@ -388,7 +385,7 @@ def test_table_1_holds_the_plain_snn_of_each_method_and_the_papers_values(everyt
         "paper 91.81",
         "paper 51.99 h",
     ]
-    rows = numbers(everything[0])
+    rows = by_ticket((everything[1] / "tables.csv").read_text())
     assert rows["IMP + ET", "level_14"]["paper_delta_accuracy"] == "-0.71"
     assert rows["IMP, rewind epoch 0", "level_08"]["paper_accuracy"] == rows["IMP", "level_00"]["paper_accuracy"] == ""
     for method in ("earlybird", "earlyT_earlybird"):
@@ -506,7 +503,7 @@ def test_axes_and_the_same_bytes_each_time(everything):
     assert not any(line.get_clip_on() for *_, line in lines)
     assert all(axis.get_ylim()[0] <= y <= axis.get_ylim()[1] for _, axis, line in lines for y in line.get_ydata())
     assert all(min(line.get_xdata()) > 0 for name, _, line in lines if name.endswith("search-sparsity"))
-    styles = styles_of([label for label, _ in numbers(everything[0])], METHODS)
+    styles = styles_of([label for label, _ in by_ticket((everything[1] / "tables.csv").read_text())], METHODS)
     assert len(set(styles.values())) == len(styles) > len(METHODS)
     assert METHODS.items() <= styles.items()
     looks = {label: style[:2] for label, style in styles.items()}

@@ -23,7 +23,7 @@ from reporting.runs import TIMING, read_runs
 from reporting.settings import METHODS
 from reporting.tables import every_ticket, overview, table_1
 
-pytestmark = pytest.mark.xdist_group("report")
+pytestmark = [pytest.mark.xdist_group("report"), pytest.mark.usefixtures("no_pictures")]
 HERE = {"device_name": "CPU", "threads": 1, "ranks": 1, "versions": {"torch": "2"}, "source": "a"}
 OTHER = {"device_name": "GPU", "threads": 2, "ranks": 2, "versions": {"torch": "3"}, "precision": "bf16"}
 OTHER |= {"compile": True, "channels_last": True, "cuda_graph": True, "fused": True}

@@ -14,7 +14,7 @@ from reporting.search_cost import XLABEL, accuracy_and_cost
 from reporting.settings import BASES, METHODS
 from reporting.tables import every_ticket, plain_experiments
 
-pytestmark = pytest.mark.xdist_group("report")
+pytestmark = [pytest.mark.xdist_group("report"), pytest.mark.usefixtures("no_pictures")]
 DENSE = {1: 92.0, 2: 94.0, 3: 91.0}
 LEVELS = (8, 14)
 COSTS = {"earlybird": 60, "oneshot-snip": 0, "oneshot-erk": 0, "oneshot-random": 0, "rigl": 1500, "gradrewiring": 2000}

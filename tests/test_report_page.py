@@ -3,18 +3,19 @@
 import copy
 import statistics
 
+import pandas as pd
 import pytest
-from test_report import epochs, main, numbers, result, sections, text_of, write
+from test_report import epochs, main, numbers, result, sections, text_of, write, write_all
 
 from reporting.costs import energy_table
-from reporting.figures import draw_all
+from reporting.figures import draw_all, early_time_tickets
 from reporting.page import tables_of
 from reporting.runs import COSTS, read_runs
 from reporting.settings import METHODS
 from reporting.text import Spread, Table, significant
 from utils.energy import energies
 
-pytestmark = pytest.mark.xdist_group("report")
+pytestmark = [pytest.mark.xdist_group("report"), pytest.mark.usefixtures("no_pictures")]
 RATES = {"stem.neuron": 0.4, "conv.neuron": 0.1}
 LAYERS = {"stem.weight": 10.0, "conv.weight": 90.0}
 
@@ -36,8 +37,9 @@ def test_what_has_one_point_is_no_figure(tmp_path):
     write(tmp_path, "rigl", "rigl", 1, [result(8, 91.0)])  # two methods at one sparsity can be compared by their cost
     assert set(drawn(tmp_path)) == {"learning-curves", "layer-sparsity", "firing-rates", "accuracy-search-cost"}
     write(tmp_path, "eb-14", "earlybird", 1, [result(14, 80.0, spikes_per_image=100.0)])
-    assert {"accuracy-sparsity", "search-sparsity", "spikes-sparsity"} < set(drawn(tmp_path))
-    for plot in drawn(tmp_path).values():
+    figures = drawn(tmp_path)
+    assert {"accuracy-sparsity", "search-sparsity", "spikes-sparsity"} < set(figures)
+    for plot in figures.values():
         for axis in plot.figure.axes:
             marked = [line for line in axis.lines if line.get_marker() not in ("None", None)]
             assert "search-cost" in plot.name or max(len(set(line.get_xdata())) for line in marked) > 1
@@ -79,6 +81,23 @@ def test_the_csv_holds_costs_with_spreads_rates_timesteps_and_sizes(tmp_path):
     assert float(row["firing_rate_mean"]) == pytest.approx(statistics.mean([0.2, 0.25]))
     assert float(row["firing_rate_std"]) == pytest.approx(statistics.stdev([0.2, 0.25]), rel=1e-5)
     assert row["timestep"] == "4"
+
+
+def test_a_round_counts_once_at_each_number_of_timesteps(tmp_path):
+    write_all(
+        tmp_path,
+        ("eb", "earlybird", 1, result(8, 90.0), {}),
+        ("half", "earlyT_earlybird", 1, result(8, 81.0, timesteps=3), {"early_time_threshold": 0.5}),
+        ("paper", "earlyT_earlybird", 1, result(8, 83.0, timesteps=3), {}),
+        ("zero", "earlyT_earlybird", 1, result(8, 82.0), {"early_time_threshold": 0.0}),
+    )
+    (section,) = sections(tmp_path)
+    tickets = pd.concat(early_time_tickets(section, [e for e in section.experiments if e.name == "EB + ET"]))
+    assert list(tickets["x"]) == [5, 3, 5, 3]  # of the base, then of the plain experiment
+    (line,) = [
+        line for line in drawn(tmp_path)["accuracy-early-time"].figure.axes[0].lines if line.get_label() == "89.99 %"
+    ]
+    assert list(line.get_ydata()) == [83.0, 90.0]
 
 
 def test_a_line_per_sparsity_has_no_methods_colour_and_any_accuracy_is_between_0_and_100(tmp_path):
