@@ -23,7 +23,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # small tens
 
 # the smallest runs that go through everything; at this threshold every layer of the network fires
 TINY = (
-    "--dataset synthetic --train_samples 40 --test_samples 20 --arch alexnet --width 0.05 --v_threshold 0.5 "
+    "--dataset synthetic --train_samples 16 --test_samples 10 --arch alexnet --width 0.05 --v_threshold 0.5 "
     "--batch_size 8 --timestep 4 --end_iter 4 --valid_freq 2 --learning_rate 0.1 --device cpu"
 )
 ROUNDS = " --prune_iterations 3"

@@ -19,7 +19,7 @@ def lively(model, images):
     with torch.no_grad():
         for norm in norms:
             norm.momentum = 0.5
-        for _ in range(10):
+        for _ in range(5):
             model.train()(images, 3)
         for norm in norms:
             norm.momentum = 0.1

@@ -185,7 +185,7 @@ def test_script_ends_with_its_connections_on_the_initial_weights(finished):
 
 
 def test_script_from_dense_prunes_each_layer_up_to_the_wanted_share(run):
-    flags = "--from_dense --sparsity 50 --l1 0.5 --train_samples 16 --test_samples 10 --weight_decay 0"
+    flags = "--from_dense --sparsity 50 --l1 0.5 --weight_decay 0"
     dense = run("deeprewiring", *flags.split())
     assert (dense.args["method"], dense.args["label"]) == ("deeprewiring-dense", "Deep R from dense")
     assert all(m.all() for m in dense.ticket("start")[0].values())

@@ -5,8 +5,7 @@ import torch
 
 from utils import stages
 
-SMALL = "--train_samples 16 --test_samples 10".split()
-SIX = [*SMALL, *"--sparsity 90 --end_iter 6 --dense_epochs 1 --prune_until 5".split()]
+SIX = "--sparsity 90 --end_iter 6 --dense_epochs 1 --prune_until 5".split()
 REGROW = [*SIX, *"--regrow 0.5 --sparsity 50 --train_samples 40".split()]
 EARLY = [*SIX, *"--early_time --early_time_epoch 2 --early_time_threshold 1.5 --early_time_samples 16".split()]
 
@@ -63,7 +62,7 @@ def test_the_sparsity_follows_the_cubic_to_the_weight(watched, more):
 
 @pytest.mark.parametrize("dense_epochs", [0, 2])
 def test_both_networks_have_the_mask_and_the_ticket_the_weights_after_the_dense_epochs(watched, dense_epochs):
-    run, seen = watched(*SMALL, "--end_iter", "4", "--dense_epochs", str(dense_epochs))
+    run, seen = watched("--end_iter", "4", "--dense_epochs", str(dense_epochs))
     mask = seen["search"][-1][1]
     for name in ("level_02", "level_02_in_place"):
         assert same(run.ticket(name)[0], mask)

@@ -3,7 +3,6 @@
 import difflib
 import itertools
 import re
-import shlex
 from argparse import Namespace
 
 import pytest
@@ -17,19 +16,21 @@ from utils.data import balanced_part, load_data
 from utils.masks import sparsity_after
 from utils.training import Trainer, learning_rate
 
-SMALL = "--train_samples 16 --test_samples 10".split()
 PLAIN = {"laterewindlth": imp, "earlyT_laterewindlth": imp, "earlybird": eb, "earlyT_earlybird": eb}
 PLAIN |= {"gradual": gradual, "shortcycle": short_cycles, "deeprewiring": deep_r, "gradrewiring": grad_r, "admm": admm}
 # every line changes one thing that the loops must agree about
 CASES = [
-    ("laterewindlth", "--rewinding_epoch 0 --pruning_scope local --valid_freq 50"),
-    ("laterewindlth", "--rewind none --rewinding_epoch 1"),
+    ("laterewindlth", "--rewinding_epoch 0 --pruning_scope local --valid_freq 50 --end_iter 3"),
+    ("laterewindlth", "--rewind none --rewinding_epoch 1 --end_iter 3"),
     ("earlyT_laterewindlth", "--evaluate_levels 0 2"),
     (
         "earlyT_laterewindlth",
-        "--rewinding_epoch 0 --early_time_epoch 2 --early_time_threshold 0.9 --pruning_scope local",
+        "--rewinding_epoch 0 --early_time_epoch 2 --early_time_threshold 0.9 --pruning_scope local --end_iter 3",
     ),
-    ("earlyT_laterewindlth", "--rewinding_epoch 1 --early_time_epoch 2 --early_time_threshold 0.001 --rewind lr"),
+    (
+        "earlyT_laterewindlth",
+        "--rewinding_epoch 1 --early_time_epoch 2 --early_time_threshold 0.001 --rewind lr --end_iter 3",
+    ),
     ("earlybird", "--eb_window 2 --eb_tolerance 0.15"),
     (
         "earlybird",
@@ -41,8 +42,8 @@ CASES = [
     ("gradual", "--regrow 0.5 --dense_epochs 1 --early_time --early_time_epoch 1 --early_time_threshold 1.5"),
     ("deeprewiring", "--l1 0.1 --noise 0.1 --sparsity 80"),
     pytest.param("deeprewiring", "--l1 0.3 --from_dense", marks=pytest.mark.slow),
-    ("gradrewiring", "--trials 2 --trial_epochs 2 --sparsity 80"),
-    ("admm", "--admm_epochs 2 --rho 0.1 --pruning_scope local"),
+    ("gradrewiring", "--trials 2 --trial_epochs 2 --sparsity 80 --end_iter 3"),
+    ("admm", "--admm_epochs 2 --rho 0.1 --pruning_scope local --end_iter 2"),
     ("shortcycle", "--cycle_epochs 1.5 --evaluate_levels 0 1 2"),
     pytest.param("shortcycle", "--cycle_epochs 0.5 --rewinding_epoch 0 --pruning_scope local", marks=pytest.mark.slow),
     pytest.param(
@@ -54,8 +55,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "more"), CASES)
-def test_script_is_the_plain_loop(run, method, more):
-    script = run(method, *SMALL, *shlex.split(more))
+def test_script_is_the_plain_loop(finished, method, more):
+    script = finished(method, *more.split())
     data = load_data(Namespace(**script.args))
     probe = (
         balanced_part(data.train, script.args["early_time_samples"])
@@ -84,10 +85,10 @@ def of_both(rows):
     return [{name: value for name, value in row.items() if name not in extra} for row in rows]
 
 
-def test_early_bird_that_keeps_t_is_early_bird(run):
+def test_early_bird_that_keeps_t_is_early_bird(finished, run):
     """The probe changes nothing: no statistic, no draw."""
-    base = run("earlybird", *SMALL)
-    timed = run("earlyT_earlybird", *SMALL, "--early_time_threshold", "0")
+    base = finished("earlybird")
+    timed = run("earlyT_earlybird", "--early_time_threshold", "0")
     assert of_both(base.rows) == of_both(timed.rows)
     for a, b in (
         (base.ticket("level_02"), timed.ticket("level_02")),
@@ -97,9 +98,9 @@ def test_early_bird_that_keeps_t_is_early_bird(run):
         assert all(torch.equal(value, b[1][name]) for name, value in a[1].items())
 
 
-def test_imp_that_keeps_t_is_imp(run):
-    base = run("laterewindlth", *SMALL)
-    timed = run("earlyT_laterewindlth", *SMALL, "--early_time_threshold", "0", "--evaluate_levels", "1", "2")
+def test_imp_that_keeps_t_is_imp(finished, run):
+    base = finished("laterewindlth")
+    timed = run("earlyT_laterewindlth", "--early_time_threshold", "0", "--evaluate_levels", "1", "2")
     for level in (1, 2):
         a, b = base.network(f"level_{level:02d}"), timed.network(f"level_{level:02d}")
         assert all(torch.equal(value, b[0][name]) for name, value in a[0].items())
@@ -133,14 +134,14 @@ def test_probe_runs_in_the_precision_of_the_training(run, monkeypatch):
         return forward(model, inputs, timesteps, precision, *more)
 
     monkeypatch.setattr(training, "forward", look)
-    run("earlyT_earlybird", *SMALL, "--precision", "bf16", "--end_iter", "2")
+    run("earlyT_earlybird", "--precision", "bf16", "--end_iter", "2")
     assert seen == {(True, "bf16"), (False, "bf16")}
 
 
 def test_accuracy_is_the_last_and_the_best_stands_beside_it(run, monkeypatch):
     accuracies = itertools.cycle([50.0, 90.0, 10.0, 40.0])
     monkeypatch.setattr(Trainer, "evaluate", lambda *_: next(accuracies))
-    (row,) = run("oneshot", *SMALL, "--valid_freq", "1").results
+    (row,) = run("oneshot", "--valid_freq", "1").results
     assert (row["test_accuracy"], row["best_test_accuracy"]) == (40.0, 90.0)
 
 
@@ -210,12 +211,12 @@ def test_results_of_early_bird(finished, method):
 
 
 def test_sparsity_in_percent_has_no_level(run):
-    eb = run("earlybird", *SMALL, "--sparsity", "60", "--eb_window", "9")
+    eb = run("earlybird", "--sparsity", "60", "--eb_window", "9")
     check_row(eb, eb.results[0], None, "sparsity_60", eb.stage("search"), eb.stage("train", None))
     assert eb.results[0]["sparsity"] == pytest.approx(60, abs=0.01)
     assert eb.results[0]["settled"] is False
     assert len(eb.stage("search")) == 4
-    imp = run("laterewindlth", *SMALL, "--sparsity", "40", "--rewinding_epoch", "3")
+    imp = run("laterewindlth", "--sparsity", "40", "--rewinding_epoch", "3")
     assert [row["sparsity"] for row in imp.results] == pytest.approx([0, 25, 40], abs=0.01)
 
 
@@ -231,9 +232,9 @@ def test_one_absolute_schedule(finished, method):
     assert all(rows[0]["epoch"] == 2 for rows in stages if "laterewind" in method and rows[0]["phase"] != "dense")
 
 
-def test_rate_after_rewinding(run):
+def test_rate_after_rewinding(finished):
     """--rewind none trains on at the last rate, in its levels but the first."""
-    rows = run("laterewindlth", *SMALL, "--rewind", "none", "--valid_freq", "50").rows
+    rows = finished("laterewindlth", "--rewind", "none").rows
     first = [row["lr"] for row in rows if row["phase"] == "dense" or row["level"] == 0]
     assert len(set(first)) == 4
     assert {row["lr"] for row in rows if row["level"]} == {first[-1]}

@@ -13,7 +13,6 @@ from utils.masks import distance, layer_sparsity, sparsity, sparsity_after
 from utils.scores import erk_densities, magnitude_mask
 from utils.tickets import load_ticket, write_ticket
 
-SMALL = "--train_samples 16 --test_samples 10".split()
 TARGET = sparsity_after(2, 0.25)
 LEVEL = "tickets/level_02.safetensors"
 
@@ -30,13 +29,13 @@ def initial_weights(run):
 def masks(run, *lines):
     """The masks of runs that differ in flags and in their experiment's name."""
     return [
-        run("oneshot", *SMALL, *line.split(), "--end_iter", "1", "--exp_name", f"run{number}").ticket("level_02")[0]
+        run("oneshot", *line.split(), "--end_iter", "1", "--exp_name", f"run{number}").ticket("level_02")[0]
         for number, line in enumerate(lines)
     ]
 
 
 def test_random_ticket(run):
-    shot = run("oneshot", *SMALL)
+    shot = run("oneshot")
     mask, weights, origin = shot.ticket("level_02")
     initial = initial_weights(shot)
     assert sparsity(mask) == pytest.approx(TARGET, abs=1e-4)
@@ -95,7 +94,7 @@ def test_magnitude_ticket_is_of_the_network_trained_at_t_pre(run, monkeypatch, s
             seen.append((model, {n: w.clone() for n, w in model.state_dict().items()})) or magnitude_mask(model, *more)
         ),
     )
-    shot = run("oneshot", *SMALL, "--ticket", "magnitude", "--search_timestep", "2", "--pruning_scope", scope)
+    shot = run("oneshot", "--ticket", "magnitude", "--search_timestep", "2", "--pruning_scope", scope)
     assert [row["timesteps"] for row in shot.rows] == [2] * 4 + [4] * 4
     assert [row["phase"] for row in shot.rows] == ["search"] * 4 + ["train"] * 4
     mask, weights, _ = shot.ticket("level_02")
@@ -141,8 +140,8 @@ def test_training_a_saved_ticket_is_the_training_of_its_run(finished, run, metho
 
 
 def test_ticket_of_an_ann_is_trained_as_an_snn(run):
-    ann = run("laterewindlth", *SMALL, "--neuron", "relu", "--timestep", "1")
-    shot = run("oneshot", *SMALL, "--ticket", str(ann.folder / LEVEL))
+    ann = run("laterewindlth", "--neuron", "relu", "--timestep", "1")
+    shot = run("oneshot", "--ticket", str(ann.folder / LEVEL))
     assert shot.args["ticket_origin"]["network"]["neuron"] == "relu"
     assert [row["epoch"] for row in shot.rows] == [2, 3]
     assert same(shot.ticket("level_02")[1], ann.ticket("level_02")[1])
@@ -168,7 +167,7 @@ def test_shuffle_keeps_layers_and_dense_weights(finished, run, monkeypatch):
     """Three runs of one command end with one mask: the third is killed and resumed, and safetensors, which promises no
     order, gives the tensors in another one."""
     bird, load = finished("earlybird"), safetensors.torch.load
-    flags = [*SMALL, "--ticket", str(bird.folder / LEVEL), "--control", "shuffle", "--end_iter", "1"]
+    flags = ["--ticket", str(bird.folder / LEVEL), "--control", "shuffle", "--end_iter", "1"]
     mask = bird.ticket("level_02")[0]
     one = run("oneshot", *flags, "--exp_name", "one").ticket("level_02")
     assert layer_sparsity(one[0]) == layer_sparsity(mask)
@@ -216,14 +215,14 @@ def test_ticket_with_no_epoch_left_is_refused(finished, tmp_path, capsys):
     """A ticket of epoch 2 where the training has two, and a trained network, which has no epoch left at all."""
     imp = finished("laterewindlth")
     for path, epochs in ((imp.folder / LEVEL, "2"), (imp.folder / "networks" / "level_02.safetensors", "4")):
-        line = refused(capsys, tmp_path, *NETWORK, *SMALL, "--ticket", str(path), "--end_iter", epochs)
+        line = refused(capsys, tmp_path, *NETWORK, "--ticket", str(path), "--end_iter", epochs)
         assert "--end_iter" in line or str(path) in line
 
 
 def test_another_ticket_in_the_place_of_the_first_is_refused(finished, run, tmp_path, capsys):
     path = tmp_path / "ticket.safetensors"
     path.write_bytes((finished("earlybird").folder / LEVEL).read_bytes())
-    flags = [*SMALL, "--ticket", str(path), "--end_iter", "1"]
+    flags = ["--ticket", str(path), "--end_iter", "1"]
     folder = run("oneshot", *flags).folder
     other = finished("laterewindlth").folder / LEVEL
     assert load_ticket(other)[2]["sparsity"] == load_ticket(path)[2]["sparsity"]
@@ -250,11 +249,11 @@ def test_a_strangers_ticket_is_checked(finished, tmp_path, capsys, origin):
     mask, weights, known = finished("earlybird").ticket("level_02")
     path = tmp_path / "stranger.safetensors"
     write_ticket(path, mask, weights, known | origin)
-    assert path.name in refused(capsys, tmp_path, *SMALL, "--ticket", str(path))
+    assert path.name in refused(capsys, tmp_path, "--ticket", str(path))
 
 
 def test_a_ticket_that_does_not_fit_leaves_no_folder_behind(finished, tmp_path, capsys):
     path = finished("earlybird").folder / "networks" / "level_02.safetensors"
-    refused(capsys, tmp_path, *SMALL, "--ticket", str(finished("earlybird").folder / LEVEL), "--width", "0.1")
-    refused(capsys, tmp_path, *SMALL, "--ticket", str(path), "--control", "shuffle", "--end_iter", "5")
+    refused(capsys, tmp_path, "--ticket", str(finished("earlybird").folder / LEVEL), "--width", "0.1")
+    refused(capsys, tmp_path, "--ticket", str(path), "--control", "shuffle", "--end_iter", "5")
     assert not list(tmp_path.rglob("args.json"))

@@ -19,15 +19,13 @@ from conftest import FLAGS, ROOT, TIME, Finished, script
 from utils import stages, training
 from utils.files import read_metadata, read_tensors
 
-SMALL = "--train_samples 16 --test_samples 10 --checkpoint_minutes 0".split()
-
 
 class Killed(BaseException):
     pass
 
 
 def command(root, method, *more):
-    return [*shlex.split(FLAGS[method]), *SMALL, *more, "--output_dir", str(root)]
+    return [*shlex.split(FLAGS[method]), "--checkpoint_minutes", "0", *more, "--output_dir", str(root)]
 
 
 def without_seconds(rows):
@@ -57,27 +55,27 @@ def exit_code(method, flags):
     return 0
 
 
+# where a line is one of test_methods.py, the run that nobody stops is made once for both
 RUNS = [
     ("earlyT_laterewindlth", "--optimizer adam"),
     ("earlyT_earlybird", "--eb_window 2 --eb_tolerance 0.5"),
     ("laterewindlth", "--rewind lr --prune_iterations 2"),
     ("oneshot", "--ticket magnitude --search_timestep 2 --control shuffle"),
     ("oneshot", "--ticket snip --snip_samples 10"),
-    ("deeprewiring", "--l1 0.1 --noise 0.1"),
+    ("deeprewiring", "--l1 0.1 --noise 0.1 --sparsity 80"),
     pytest.param("deeprewiring", "--from_dense --l1 0.1 --valid_samples 20", marks=pytest.mark.slow),
-    ("gradrewiring", "--trials 2 --trial_epochs 2 --end_iter 3"),
-    ("admm", "--admm_epochs 2 --end_iter 2"),
+    ("gradrewiring", "--trials 2 --trial_epochs 2 --sparsity 80 --end_iter 3"),
+    ("admm", "--admm_epochs 2 --rho 0.1 --pruning_scope local --end_iter 2"),
     ("gradual", f"--regrow 0.5 --dense_epochs 1 --prune_until 3 --early_time {TIME}"),
     ("shortcycle", f"--cycle_epochs 1.5 --end_iter 3 --early_time {TIME}"),
 ]
 
 
 @pytest.mark.parametrize(("method", "more"), RUNS)
-def test_killed_in_every_second_epoch(tmp_path, monkeypatch, method, more):
+def test_killed_in_every_second_epoch(finished, tmp_path, monkeypatch, method, more):
     """Every second epoch is killed once, when it is in the log and not in a checkpoint."""
     flags = command(tmp_path / "killed", method, *more.split())
-    script(method)(command(tmp_path / "whole", method, *more.split()))
-    expected = outcome(tmp_path / "whole")
+    expected = outcome(finished(method, *more.split()).folder)
 
     killed, trained, save = set(), [], stages.save_checkpoint
 
@@ -101,7 +99,7 @@ def test_killed_in_every_second_epoch(tmp_path, monkeypatch, method, more):
     assert len(trained) == len(expected["log"]) + len(killed)  # no other epoch was trained again
 
 
-def test_killed_between_ticket_and_training(tmp_path, monkeypatch):
+def test_killed_between_ticket_and_training(finished, tmp_path, monkeypatch):
     """What is drawn before training is in the folder by then, with weights that training has not touched."""
     flags = command(tmp_path / "killed", "oneshot", "--control", "reinit")
     with monkeypatch.context() as patch:
@@ -109,8 +107,7 @@ def test_killed_between_ticket_and_training(tmp_path, monkeypatch):
         with pytest.raises(Killed):
             script("oneshot")(flags)
     script("oneshot")(flags)
-    script("oneshot")(command(tmp_path / "whole", "oneshot", "--control", "reinit"))
-    assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
+    assert_same(outcome(tmp_path / "killed"), outcome(finished("oneshot", "--control", "reinit").folder))
 
 
 # --- signals -----------------------------------------------------------------------------------------------------
@@ -129,7 +126,7 @@ def send(patch, *sent):
 
 
 @pytest.mark.parametrize("sent", [["SIGTERM"], ["SIGINT"], ["SIGHUP"], ["SIGINT", "SIGINT"]], ids="-".join)
-def test_signal(tmp_path, monkeypatch, capfd, sent):
+def test_signal(finished, tmp_path, monkeypatch, capfd, sent):
     """Saved at the end of the epoch, however rare checkpoints are; a second Ctrl-C ends the run at once."""
     flags = [*command(tmp_path / "stopped", "earlybird"), "--checkpoint_minutes", "1000"]
     before = {name: signal.getsignal(getattr(signal, name)) for name in sent}
@@ -143,8 +140,7 @@ def test_signal(tmp_path, monkeypatch, capfd, sent):
     saved = folder / "checkpoints" / "newest.safetensors"
     assert (read_metadata(saved)["metadata"]["rows"] if saved.exists() else 0) == (sent != ["SIGINT", "SIGINT"])
     script("earlybird")(flags)
-    script("earlybird")(command(tmp_path / "whole", "earlybird"))
-    assert_same(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
+    assert_same(outcome(tmp_path / "stopped"), outcome(finished("earlybird").folder))
 
 
 def test_ignored_signal_stays_ignored(tmp_path, monkeypatch):

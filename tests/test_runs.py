@@ -19,7 +19,7 @@ from utils.files import read_json
 from utils.tickets import load_ticket_network
 from utils.training import effective_seed, predict
 
-SMALL = "--train_samples 16 --test_samples 10 --end_iter 2 --checkpoint_minutes 0".split()
+SMALL = "--end_iter 2 --checkpoint_minutes 0".split()
 FOLDER = "earlybird/synthetic-alexnet-43.75-round1"
 
 

@@ -30,7 +30,7 @@ def trainer():
     """A trainer of a small network that fires, with 5 steps an epoch, the last of them of 4 images."""
 
     def make(*more, double=False):
-        args = flags("--train_samples", "36", *more)
+        args = flags("--train_samples", "36", "--test_samples", "20", *more)
         data = load_data(args)
         torch.manual_seed(0)
         model = build_model(

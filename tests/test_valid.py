@@ -8,7 +8,7 @@ from utils.data import load_data
 from utils.flags import get_args
 from utils.tickets import load_ticket_network
 
-SMALL = "--train_samples 16 --test_samples 10 --end_iter 2 --valid_freq 2".split()
+SMALL = "--end_iter 2 --valid_freq 2".split()
 
 
 def data_of(*more, flags="--dataset synthetic --device cpu"):
