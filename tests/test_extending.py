@@ -1,12 +1,14 @@
 """The changes of docs/extending.md, applied to a copy of the repository and run."""
 
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, TINY
 
+from utils import experiment
 from utils.files import read_json
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -29,17 +31,26 @@ def copy(tmp_path):
     return root
 
 
-def ran(root, command, dataset="synthetic"):
-    """The results of a command of the page, with the flags of the smallest runs after its own."""
+def words_of(command, dataset="synthetic"):
+    """The script of a command of the page and its flags, with those of the smallest runs after its own."""
     script, *flags = command.split()[1:]
     tiny = TINY.replace("--dataset synthetic", f"--dataset {dataset}").split()
     arch = ["--arch", flags[flags.index("--arch") + 1]] if "--arch" in flags else []
-    words = [sys.executable, script, *flags, *tiny, *arch, "--output_dir", "runs"]
-    done = subprocess.run(words, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    return [script, *flags, *tiny, *arch, "--output_dir", "runs"]
+
+
+def result_in(root):
     (results,) = (root / "runs").rglob("results.json")
     (row,) = read_json(results)
     return row
+
+
+def ran(root, command, dataset="synthetic"):
+    """The results of a command in a process of its own."""
+    words = [sys.executable, *words_of(command, dataset)]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return result_in(root)
 
 
 def command(title):
@@ -47,10 +58,16 @@ def command(title):
     return re.findall(r"^ +(python train_snn_.*)", SECTIONS[title], re.MULTILINE)[0]
 
 
-def test_method(copy):
+def test_method(tmp_path, monkeypatch):
+    """In this process: the script needs no change of what is here."""
     script, rigl = code("A method", "python")
-    (copy / "train_snn_once.py").write_text(script, encoding="utf-8")
-    row = ran(copy, command("A method"))
+    words = words_of(command("A method"))
+    (tmp_path / "train_snn_once.py").write_text(script, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)  # where the script lies
+    runpy.run_path(words[0], run_name="__main__")
+    row = result_in(tmp_path)
     assert row["method"] == "once"
     assert abs(row["sparsity"] - 90) < 0.1
     assert rigl == (ROOT / "train_snn_rigl.py").read_text(encoding="utf-8")
