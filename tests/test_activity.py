@@ -159,14 +159,14 @@ def test_counts_are_those_of_loops_over_every_connection():
     ],
 )
 def test_counts_of_the_networks_are_convolutions_with_ones(arch, size, real, monkeypatch):
-    split = images(5, size, size)
+    split = images(3, size, size)
     model, mask = network(arch, split, 0.7)
     model.double()  # spikes do not depend on how the images are batched
     split = Exact(*vars(split).values())
     monkeypatch.setattr(activity, "BATCH", 2)  # the last batch is smaller
-    cost = measure(model, mask, split, 4)
+    cost = measure(model, mask, split, 3)
     synops, macs = 0, 0
-    for name, (x, _) in recorded(model, inputs_of(split), 4, WEIGHTS).items():
+    for name, (x, _) in recorded(model, inputs_of(split), 3, WEIGHTS).items():
         module, ones = model.get_submodule(name), mask[f"{name}.weight"].double()
         active = x.flatten(0, 1).ne(0).double()
         if isinstance(module, nn.Linear):
@@ -178,12 +178,12 @@ def test_counts_of_the_networks_are_convolutions_with_ones(arch, size, real, mon
             macs += count
         else:
             synops += count
-    assert cost["synops_per_image"] == synops / 5
-    assert cost["macs_per_image"] == macs / 5
-    layers = recorded(model, inputs_of(split), 4, LIF)
+    assert cost["synops_per_image"] == synops / 3
+    assert cost["macs_per_image"] == macs / 3
+    layers = recorded(model, inputs_of(split), 3, LIF)
     assert list(cost["firing_rates"]) == list(layers)
-    assert cost["spikes_per_image"] == sum(spikes.sum().item() for _, spikes in layers.values()) / 5
-    assert cost["firing_rates"] == pytest.approx(firing_rates(model, inputs_of(split), 4))
+    assert cost["spikes_per_image"] == sum(spikes.sum().item() for _, spikes in layers.values()) / 3
+    assert cost["firing_rates"] == pytest.approx(firing_rates(model, inputs_of(split), 3))
 
 
 class Exact(Split):

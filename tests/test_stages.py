@@ -223,7 +223,7 @@ def test_killed_at_any_write(tmp_path, killer, expected, minutes):
 @pytest.mark.parametrize("minutes", [0, pytest.param(NEVER, marks=pytest.mark.slow)])
 def test_killed_twice(tmp_path, killer, expected, minutes):
     files, writes = expected
-    step = 2 if minutes == NEVER else 3
+    step = 2 if minutes == NEVER else 4
     pairs = [(one, two) for one in range(0, writes, step) for two in range(0, writes, step)]
     checked = [check(killer, tmp_path / f"{one}-{two}", minutes, [one, two], files) for one, two in pairs]
     assert len(set(checked)) > 3
