@@ -40,7 +40,6 @@ from utils.datasets import DATASETS  # noqa: E402
 from utils.experiment import PACKAGES  # noqa: E402
 from utils.files import write_json, write_text  # noqa: E402
 from utils.flags import Parser, get_args  # noqa: E402
-from utils.machine import prepare  # noqa: E402
 from utils.masks import apply_mask, dense_mask, distance, prunable, sparsity_after  # noqa: E402
 from utils.scores import magnitude_mask, prune_by_magnitude  # noqa: E402
 from utils.training import EVALUATION_BATCH, Trainer, loss_over_time, make_optimizer, place  # noqa: E402
@@ -150,7 +149,6 @@ def trainer_of(flags: str, data: Data, like: nn.Module | None = None) -> tuple[T
     """What a script makes of its flags: a network with the weights of another, or new ones, its trainer and its
     optimizer."""
     args = get_args(__file__, "", None, flags.split())
-    prepare(args)
     model = place(build_model(args.arch, data.channels, data.classes, width=args.width), args)
     if like is not None:
         model.load_state_dict(like.state_dict())

@@ -70,7 +70,8 @@ def gains(early: Experiment, section: Section) -> dict[float, dict[str, Spread |
     base = base_of(early, section)
     if base is None:
         return {}
-    mine, its = (e.tickets.drop_duplicates(["column", "round"]) for e in (early, base))
+    fields = ["column", "round", "test_accuracy", "search_seconds", "search_timestep_epochs", "timing"]
+    mine, its = (e.tickets[fields].drop_duplicates(["column", "round"]) for e in (early, base))
     pairs = mine.merge(its, on=["column", "round"], suffixes=("", "_base"))
     pairs["delta_accuracy"] = pairs["test_accuracy"] - pairs["test_accuracy_base"]
     time, cost = (pairs[f"{field}_base"] / pairs[field] for field in ("search_seconds", "search_timestep_epochs"))

@@ -379,9 +379,8 @@ def test_passes_before_the_clock_starts_have_both_sizes_of_a_batch_and_leave_no_
     assert torch.equal(drawn, torch.rand(3))
 
 
-def test_fp32_is_not_tf32(trainer, monkeypatch):
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(backend, "allow_tf32", True)
+def test_fp32_is_not_tf32(trainer):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     trainer()
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
