@@ -181,8 +181,9 @@ def _source_checksum(script: str) -> str:
     """Checksum of the script and of what it imports from ``models`` and ``utils``: two runs of different code are no
     repetitions."""
     digest = hashlib.sha256()
-    files = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
-    ours = [path for path in files if path.parent in (ROOT / "models", ROOT / "utils")]
+    folders = {str(ROOT / name) for name in ("models", "utils")}
+    files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    ours = [Path(file) for file in files if os.path.dirname(file) in folders]
     for path in [ROOT / script, *sorted(ours)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
