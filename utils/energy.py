@@ -2,8 +2,9 @@
 
 Energies are those of 45 nm and 0.9 V (Horowitz, "Computing's energy problem", ISSCC 2014): an addition, a
 multiplication, and an access of 64 bits of a memory of 8 KB, 32 KB, 1 MB, or of DRAM. Between these sizes an access is
-interpolated, as Lemaire et al. do ("An analytical estimation of spiking neural networks energy efficiency", ICONIP
-2022); a smaller memory takes what 8 KB takes, a larger one grows with the root of its size up to DRAM.
+interpolated; a smaller memory takes what 8 KB takes, a larger one grows with the root of its size up to DRAM. Counting
+accesses of weights and membranes beside operations follows Lemaire et al. ("An analytical estimation of spiking neural
+networks energy efficiency", ICONIP 2022); the formula is our own.
 
 Each layer has memories of its own for its weights, its inputs and its sums. With e(M) the energy of an access to a
 memory M, per bit:
