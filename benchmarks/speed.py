@@ -11,7 +11,6 @@ the most; in each repeat all variants run one after the other, so a busy machine
 ``gpu.py`` times a GPU with the functions of this file.
 """
 
-import os
 import re
 import statistics
 import sys
@@ -40,6 +39,7 @@ from utils.datasets import DATASETS  # noqa: E402
 from utils.experiment import PACKAGES  # noqa: E402
 from utils.files import write_json, write_text  # noqa: E402
 from utils.flags import Parser, get_args  # noqa: E402
+from utils.machine import keep_memory  # noqa: E402
 from utils.masks import apply_mask, dense_mask, distance, prunable, sparsity_after  # noqa: E402
 from utils.scores import magnitude_mask, prune_by_magnitude  # noqa: E402
 from utils.training import EVALUATION_BATCH, Trainer, loss_over_time, make_optimizer, place  # noqa: E402
@@ -97,7 +97,7 @@ def main(argv=None):
         titles = ", ".join(part.title for part in parts)
         parser.error(f"argument --only: no part has {args.only!r}; choose from, or a piece of: {titles}")
 
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the scripts set it; it makes the authors' style faster, too
+    keep_memory()  # as the scripts do; it makes the authors' style faster, too
     folder = Path(args.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

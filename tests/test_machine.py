@@ -1,15 +1,25 @@
 """What is chosen, refused and said for a machine; the GPUs here are pretended ones."""
 
+import platform
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FLAGS, script
+from torch import nn
 
+from models import build_model
 from utils import machine
+from utils.files import InputError
 from utils.flags import get_args
 from utils.machine import has_bf16_units
+from utils.training import place
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def args_of(line=""):
@@ -75,7 +85,37 @@ def test_on_a_card_steps_are_captured_with_channels_last_and_in_bf16_where_it_ha
     assert args_of("--device cuda:0").precision == "fp32"
     assert args_of("--precision bf16").precision == "bf16"
     args = args_of("--device cpu")
-    assert (args.precision, args.channels_last, args.cuda_graph) == ("fp32", False, False)
+    assert (args.precision, args.cuda_graph) == ("fp32", False)
+
+
+@pytest.mark.parametrize(
+    ("arch", "width", "possible"),
+    [("vgg16", 0.05, True), ("resnet19", 0.25, True), ("resnet19", 0.125, False), ("resnet19", 0.05, False)],
+)
+def test_a_cpu_trains_with_channels_last_unless_its_kernels_would_crash(arch, width, possible):
+    chosen, refusing, without = map(args_of, ("--device cpu", "--device cpu --channels_last", "--no-channels_last"))
+    networks = [build_model(arch, 3, 10, width=width) for _ in range(3)]
+    assert place(networks[0], chosen) is networks[0]
+    assert chosen.channels_last == possible
+    kernels = [module.weight for module in networks[0].modules() if isinstance(module, nn.Conv2d)]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels) == possible
+    if not possible:
+        with pytest.raises(InputError, match="--channels_last"):
+            place(networks[1], refusing)
+    place(networks[2], without)
+    assert without.channels_last is False
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory in their own way")
+def test_memory_of_a_tensor_that_is_gone_is_kept_for_the_next():
+    code = (
+        "import resource, torch; from utils.machine import keep_memory; keep_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(2): before = faults(); torch.zeros(2**25); again = faults() - before\n"
+        "print(again)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 16, "the 128 MiB have at least 64 pages"
 
 
 def test_several_ranks_do_not_capture(gpu, monkeypatch):

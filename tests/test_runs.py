@@ -152,7 +152,7 @@ def test_other_images_are_refused(killed, refused, monkeypatch):
 def test_moved_and_shown_in_another_way(killed, tmp_path):
     """The folder may move, and what is only shown may differ."""
     moved = killed.rename(tmp_path / "moved")
-    script("earlybird")(command(moved, "--channels_last", "--data_dir", "elsewhere"))
+    script("earlybird")(command(moved, "--no-channels_last", "--data_dir", "elsewhere"))
     assert (moved / FOLDER / "summary.txt").exists()
 
 

@@ -45,8 +45,8 @@ def start(
 
     Raises:
         Finished: nothing is left to do; what the run found is printed again.
-        InputError: see ``load_data``, ``Run``, ``check_compiler`` and ``check_countable``; or a flag does not go with
-            the ranks.
+        InputError: see ``load_data``, ``Run``, ``place``, ``check_compiler`` and ``check_countable``; or a flag does
+            not go with the ranks.
         InUseError: another process is at this run.
     """
     _check_ranks(args)
@@ -88,8 +88,7 @@ def script(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        # large pages for large tensors: half of a large batch's step on a CPU is the mapping of small ones
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        machine.keep_memory()
         handlers = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, SIGNALS)}
         code, line = 0, ""
         try:

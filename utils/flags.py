@@ -198,7 +198,8 @@ def shared_flags(parser: Parser) -> None:
     flag("--precision", ("fp32", "bf16"), None, None, text, shown="bf16 on a GPU that has units for it, else fp32")
     text = "on a CPU: fuse what lies between convolutions with torch.compile"
     flag("--compile", bool, False, None, text)
-    flag("--channels_last", bool, None, None, "train with channels innermost in memory", shown="on a GPU")
+    text = "train with channels innermost in memory; a CPU crashes with strided 1x1 convolutions of few channels"
+    flag("--channels_last", bool, None, None, text, shown="where the device can")
     text = "launch a training step as one CUDA graph; for a single GPU"
     flag("--cuda_graph", bool, None, None, text, shown="on a single GPU")
     flag("--fused", bool, False, None, "Triton kernels for what lies between convolutions; untried on a card")
@@ -284,8 +285,8 @@ def _choose_device(parser: Parser, flags: argparse.Namespace) -> None:
     gpu = kind == "cuda"
     if flags.precision is None:
         flags.precision = "bf16" if gpu and machine.has_bf16_units(name) else "fp32"
-    if flags.channels_last is None:
-        flags.channels_last = gpu
+    if flags.channels_last is None and gpu:
+        flags.channels_last = True  # on a CPU that depends on the network
     if flags.cuda_graph is None:
         flags.cuda_graph = gpu and os.environ.get("WORLD_SIZE", "1") == "1"
     if flags.compile and gpu:

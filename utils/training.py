@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from . import distributed
+from . import distributed, machine
 from .data import Data, Split
 from .engine import Graphed
+from .files import InputError
 from .masks import Mask, prunable
 
 EVALUATION_BATCH = {"cpu": 100, "cuda": 500}  # images of 32x32; on a CPU larger ones leave its caches and are slower
@@ -41,7 +42,19 @@ def generator(args, purpose: str, level: int | None = 0, epoch: int = 0) -> torc
 
 def place(model: nn.Module, args) -> nn.Module:
     """Move a network to ``args.device``; with ``args.channels_last``, the kernels of its convolutions have the channels
-    innermost in memory, and its activations follow."""
+    innermost in memory, and its activations follow. Where the flag was left open, that is so if the device can do it.
+
+    Raises:
+        InputError: it was asked for, and the device cannot.
+    """
+    possible = machine.takes_channels_last(model, args.device)
+    if args.channels_last and not possible:
+        raise InputError(
+            "argument --channels_last: torch's CPU kernels crash with strided 1x1 convolutions of fewer than "
+            f"{machine.VECTOR} channels, which this network has: leave it out, or use a larger --width"
+        )
+    if args.channels_last is None:
+        args.channels_last = possible
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     return model.to(args.device, memory_format=layout)
 
