@@ -57,4 +57,17 @@ def test_bad_input_is_one_line(finished, tmp_path, capsys):
     assert "typo" in failed(capsys, run.folder, "--json", tmp_path / "typo" / "costs.json")
     assert "no/run" in failed(capsys, "no/run")
     assert "--dataset" in failed(capsys, run.folder, "--dataset", "digits")
-    assert "cifar11" in failed(capsys, run.folder, "--dataset", "cifar11")
+    line = failed(capsys, run.folder, "--dataset", "cifar11")
+    assert "cifar11" in line
+    assert "cifar100" in line
+
+
+def test_ctrl_c_speaks_of_resuming_only_where_something_was_begun(finished, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure_ticket, "measure", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        measure_ticket.main([str(finished("rigl").folder)])
+    assert stop.value.code == 130
+    assert "resume" not in capsys.readouterr().err

@@ -65,7 +65,8 @@ def load_arrays(dataset: str, data_dir: Path) -> tuple[Arrays, Arrays, Spec]:
         *arrays, statistics = load_tree(*tree, spec and spec.channels, spec and spec.classes)
         return *arrays, spec or Spec(*statistics, _OWN)
     if dataset not in DATASETS:
-        raise InputError(f"{data_dir / dataset} has no train and test folder")
+        known = ", ".join(DATASETS)
+        raise InputError(f"{data_dir / dataset} has no train and test folder, and {dataset} is none of {known}")
     return *_torchvision(dataset, data_dir / dataset), DATASETS[dataset]
 
 

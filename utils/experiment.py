@@ -109,7 +109,9 @@ def script(main):
         except Stopped as stop:
             code, line = 128 + stop.number, "stopped and saved; the same command, without --restart, resumes"
         except KeyboardInterrupt:
-            code, line = 128 + signal.SIGINT, "stopped; the same command, without --restart, resumes at the checkpoint"
+            begun = signal.getsignal(signal.SIGINT) != handlers[signal.SIGINT]
+            resumes = "; the same command, without --restart, resumes at the checkpoint"
+            code, line = 128 + signal.SIGINT, "stopped" + resumes * begun
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
