@@ -23,7 +23,7 @@ def rigl_flags(parser):
     flag("--grow", GROWTHS, "gradient", None, "where the gradient is largest, or at random (SET)")
     flag("--update_every", positive_int, 100, "STEPS", "steps between two changes of the mask")
     flag("--update_until", between(0, 1), 0.75, "SHARE", "share of the training after which the mask is fixed")
-    flag("--drop_fraction", between(0, 1), 0.3, "SHARE", "share of a layer's weights that the first change moves")
+    flag("--drop_fraction", between(0, 1), 0.3, "SHARE", "share of a layer's survivors that the first change moves")
 
     def name_the_run(flags):
         if flags.grow == "random":

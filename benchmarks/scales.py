@@ -48,7 +48,7 @@ SCALES = {
     "cifar10": Scale(
         flags={
             "all": "--width 0.25 --timestep 4 --batch_norm over_time --batch_size 50 --learning_rate 0.1 --end_iter 20 "
-            "--train_samples 20000 --valid_samples 5000 --valid_freq 10 --compile --channels_last",
+            "--train_samples 20000 --valid_samples 5000 --valid_freq 10 --compile",
             "sparsity": "--prune_percent 50 --prune_iterations 7",
             "rewinding": "--rewinding_epoch 2",
             "gradual": "--dense_epochs 2",

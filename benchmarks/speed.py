@@ -293,7 +293,11 @@ def as_markdown(report: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     peaks = " and ".join(f"{peak:.0f} GFLOP/s in {precision}" for precision, peak in where["peak_gflops"].items())
     text = f"{where['date']}; {where['processor']}; a large matrix product reaches {peaks}; {versions}."
-    units = "Seconds are of a pruning, a mask distance or an image: the median, the least and the most of n."
+    units = (
+        "Seconds are of a pruning, a mask distance or an image: the median, the least and the most of n. times_loop: "
+        "how many times as fast as the loop. peak_share: the rate of convolutions and linear layers over that of the "
+        "large product, which is measured once."
+    )
     return f"# Speed on {where['name']}\n\n{text}\n{units}\n\n```\n{table}\n```\n"
 
 

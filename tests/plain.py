@@ -44,7 +44,7 @@ class Plain:
         torch.manual_seed(effective_seed(self.args))
         names = ("arch", "width", "neuron", "tau", "v_threshold", "surrogate_alpha", "batch_norm")
         self.model = build_model(channels=3, classes=10, **{name: args[name] for name in names})
-        self.model.to(memory_format=torch.channels_last)  # other kernels round in another way
+        self.model.to(memory_format=torch.channels_last)  # as ``place`` does: other kernels round differently
         self.dense = {
             name: torch.ones_like(p, dtype=torch.bool) for name, p in self.model.named_parameters() if p.dim() > 1
         }

@@ -117,9 +117,9 @@ def test_both_ways_start_from_the_same_network_and_run_in_their_modes(monkeypatc
         return []
 
     monkeypatch.setattr(speed, "rows_of", rows_of)
-    part = speed.Part("vgg16", 2, 4, "sparse", ("fp32", "fp32 --channels_last"), 8, 1)
+    part = speed.Part("vgg16", 2, 4, "sparse", ("fp32", "fp32 --no-channels_last"), 8, 1)
     assert speed.part_rows("cpu", part, width=0.125) == []
-    names = ["loop", "engine fp32", "engine fp32 --channels_last"]
+    names = ["loop", "engine fp32", "engine fp32 --no-channels_last"]
     assert modes[:3] == [("train_step", name, items, True) for name, items in zip(names, (4, 8, 8), strict=True)]
     assert [mode[:3] for mode in modes[3:]] == [("evaluate", name, 8) for name in names]
     assert not modes[3][-1], "the authors' style evaluates in eval mode"

@@ -80,7 +80,8 @@ def start(
 
 
 def script(main):
-    """Let a script's ``main(argv)`` end with one line instead of a traceback for what is not a fault of the program.
+    """Have the process of a script's ``main(argv)`` keep its memory (``machine.keep_memory``), and end with one line
+    instead of a traceback for what is not a fault of the program.
 
     Exit codes: 2 for what the user gave, 75 if the run is in use, 1 for a training that diverged or ran out of memory,
     128 + its number for a signal.
@@ -160,6 +161,7 @@ def _circumstances(args) -> dict:
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "device_name": machine.device_name(args.device),
+        "channels_last": args.channels_last,
         "ranks": distributed.ranks(),
         "threads": torch.get_num_threads(),
         "git_commit": git_commit(),

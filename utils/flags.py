@@ -164,7 +164,9 @@ def shared_flags(parser: Parser) -> None:
     parser.check(partial(_check_dataset, parser))
     flag("--train_samples", positive_int, None, "N", "train on a fixed, class-balanced part of so many", shown="all")
     flag("--test_samples", positive_int, None, "N", "test on a fixed, class-balanced part of so many", shown="all")
-    flag("--valid_samples", whole, 0, "N", "hold out so many training images, as many of each class, for a test")
+    flag(
+        "--valid_samples", whole, 0, "N", "hold out so many training images, evenly over classes, to choose settings on"
+    )
 
     flag = parser.section("network")
     flag("--arch", ARCHITECTURES, "vgg16", None, "network")
@@ -198,8 +200,8 @@ def shared_flags(parser: Parser) -> None:
     flag("--precision", ("fp32", "bf16"), None, None, text, shown="bf16 on a GPU that has units for it, else fp32")
     text = "on a CPU: fuse what lies between convolutions with torch.compile"
     flag("--compile", bool, False, None, text)
-    text = "train with channels innermost in memory; a CPU crashes with strided 1x1 convolutions of few channels"
-    flag("--channels_last", bool, None, None, text, shown="where the device can")
+    text = "channels innermost in memory; refused on a CPU if a strided 1x1 convolution has fewer than 16 channels"
+    flag("--channels_last", bool, None, None, text, shown="on, but there")
     text = "launch a training step as one CUDA graph; for a single GPU"
     flag("--cuda_graph", bool, None, None, text, shown="on a single GPU")
     flag("--fused", bool, False, None, "Triton kernels for what lies between convolutions; untried on a card")
@@ -297,7 +299,7 @@ def _choose_device(parser: Parser, flags: argparse.Namespace) -> None:
 def _check_fused(parser: Parser, flags: argparse.Namespace) -> None:
     needs = {
         "--device cuda": flags.device != "cpu",
-        "--channels_last": flags.channels_last,
+        "--channels_last": flags.channels_last is not False,
         "--neuron lif": flags.neuron == "lif",
         f"--timestep at most {MOST_FUSED_TIMESTEPS}": flags.timestep <= MOST_FUSED_TIMESTEPS,
         "the package triton": find_spec("triton") is not None,

@@ -25,7 +25,8 @@ def keep_memory() -> None:
     """Have this process keep the memory of tensors that are gone for those to come, in large pages.
 
     As they come, the C library hands large blocks back to the system, which maps and clears the pages of the next
-    tensor anew: on a CPU that can take a third of a large batch's step. The process stays as large as it ever was.
+    tensor anew: on a CPU that took a fifth to two fifths of a large batch's step (docs/speed.md). The process stays as
+    large as it ever was.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries than glibc have none
@@ -37,8 +38,8 @@ def keep_memory() -> None:
 def takes_channels_last(model: nn.Module, device: str) -> bool:
     """Whether a device can train a network with the channels innermost in memory.
 
-    On a CPU, oneDNN's fp32 kernels write past their buffers in the backward pass of a 1x1 convolution that skips
-    pixels and has fewer channels than the CPU computes with at once (torch 2.14.1; with AVX2, fewer than 8).
+    On a CPU, oneDNN's fp32 kernels can crash in the backward pass of a 1x1 convolution that skips pixels and has
+    fewer channels than the CPU computes with at once (seen with torch 2.14.1, AVX2, fewer than 8).
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     skipping = [conv for conv in convolutions if conv.kernel_size == (1, 1) and conv.stride != (1, 1)]

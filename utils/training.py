@@ -50,7 +50,7 @@ def place(model: nn.Module, args) -> nn.Module:
     possible = machine.takes_channels_last(model, args.device)
     if args.channels_last and not possible:
         raise InputError(
-            "argument --channels_last: torch's CPU kernels crash with strided 1x1 convolutions of fewer than "
+            "argument --channels_last: torch's CPU kernels can crash with strided 1x1 convolutions of fewer than "
             f"{machine.VECTOR} channels, which this network has: leave it out, or use a larger --width"
         )
     if args.channels_last is None:
