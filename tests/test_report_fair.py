@@ -119,6 +119,16 @@ def test_batch_norm_over_time_is_not_the_papers(tmp_path):
 # --- rounds ---
 
 
+def test_a_value_goes_without_saying_only_if_it_is_the_most_common(tmp_path):
+    for epochs in (1.0, 3.0):
+        write(tmp_path, f"short-{epochs}", "shortcycle", 1, [result(8, 90.0, 1.0)], cycle_epochs=epochs)
+    labels = {label for label, _ in numbers(tmp_path)}
+    assert len(labels) == 2
+    assert all(any(f" {epochs}" in label for label in labels) for epochs in (1.0, 3.0))
+    write(tmp_path, "short-3.0", "shortcycle", 2, [result(8, 90.0, 1.0)], cycle_epochs=3.0)
+    assert sum("3.0" in label for label, _ in numbers(tmp_path)) == 0
+
+
 def test_a_curve_counts_a_round_once(tmp_path):
     """Also where stages of one run overlap: the rewind point lies before the epoch that Early-Time decides at."""
     log = epochs("dense", 0, 4, loss=9.0) + epochs("search", 0, 4, loss=1.0)
