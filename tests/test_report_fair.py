@@ -120,11 +120,11 @@ def test_batch_norm_over_time_is_not_the_papers(tmp_path):
 
 
 def test_a_value_goes_without_saying_only_if_it_is_the_most_common(tmp_path):
-    for epochs in (1.0, 3.0):
-        write(tmp_path, f"short-{epochs}", "shortcycle", 1, [result(8, 90.0, 1.0)], cycle_epochs=epochs)
+    for length in (1.0, 3.0):
+        write(tmp_path, f"short-{length}", "shortcycle", 1, [result(8, 90.0, 1.0)], cycle_epochs=length)
     labels = {label for label, _ in numbers(tmp_path)}
     assert len(labels) == 2
-    assert all(any(f" {epochs}" in label for label in labels) for epochs in (1.0, 3.0))
+    assert all(any(f" {length}" in label for label in labels) for length in (1.0, 3.0))
     write(tmp_path, "short-3.0", "shortcycle", 2, [result(8, 90.0, 1.0)], cycle_epochs=3.0)
     assert sum("3.0" in label for label, _ in numbers(tmp_path)) == 0
 
