@@ -155,14 +155,13 @@ def _source_of(args: dict, sources: list[dict]) -> int:
 
 
 def usual_settings(settings: list[dict]) -> dict:
-    """For each flag the value that goes without saying: the paper's if a run has it, or the most common; None where
-    several are as common."""
+    """For each flag the value that goes without saying: the paper's if a run has it, or the most common, and of several
+    such the last in order: of lengths of short cycles the longest, which is the default."""
     usual = {"search_timestep": None, "penalty": None, "other ticket": None}
     for flag in {flag for of_run in settings for flag in of_run} - {"neuron", *usual}:  # the name says ANN
         values = Counter(key_of(of_run[flag]) for of_run in settings if flag in of_run)
         paper = key_of(PAPER_SETTING.get(flag))
-        (first, count), *others = values.most_common(2)
-        most = key_of(None) if others and others[0][1] == count else first
+        most = max(sorted(values, reverse=True), key=values.get)
         usual[flag] = json.loads(paper if paper in values else most)
     return usual
 
