@@ -155,15 +155,24 @@ def _source_of(args: dict, sources: list[dict]) -> int:
 
 
 def usual_settings(settings: list[dict]) -> dict:
-    """For each flag the value that goes without saying: the paper's if a run has it, or the most common, and of several
-    such the last in order: of lengths of short cycles the longest, which is the default."""
+    """For each flag the value that goes without saying: the paper's if a run has it, or the most common."""
     usual = {"search_timestep": None, "penalty": None, "other ticket": None}
     for flag in {flag for of_run in settings for flag in of_run} - {"neuron", *usual}:  # the name says ANN
         values = Counter(key_of(of_run[flag]) for of_run in settings if flag in of_run)
         paper = key_of(PAPER_SETTING.get(flag))
-        most = max(sorted(values, reverse=True), key=values.get)
-        usual[flag] = json.loads(paper if paper in values else most)
+        usual[flag] = json.loads(paper if paper in values else _most_common(values))
     return usual
+
+
+def _most_common(values: Counter) -> str:
+    """The most common of values that are written as JSON; of several the largest number, which is the default length of
+    short cycles, or the first in order."""
+
+    def rank(text: str) -> tuple[int, float]:
+        value = json.loads(text)
+        return values[text], value if type(value) in (int, float) else 0
+
+    return max(sorted(values), key=rank)
 
 
 def spoken(flag: str, value) -> str:

@@ -76,11 +76,11 @@ def line_of(capsys, act):
 # --- defaults --------------------------------------------------------------------------------------------------------
 
 
-def test_on_a_card_steps_are_captured_with_channels_last_and_in_bf16_where_it_has_units(gpu):
+def test_on_a_card_steps_are_captured_and_in_bf16_where_it_has_units(gpu):
     args = args_of()
-    assert (args.device, args.precision, args.channels_last, args.cuda_graph) == ("cuda", "bf16", True, True)
-    args = args_of("--no-channels_last --no-cuda_graph --precision fp32")
-    assert (args.precision, args.channels_last, args.cuda_graph) == ("fp32", False, False)
+    assert (args.device, args.precision, args.cuda_graph) == ("cuda", "bf16", True)
+    args = args_of("--no-cuda_graph --precision fp32")
+    assert (args.precision, args.cuda_graph) == ("fp32", False)
     gpu(False)
     assert args_of("--device cuda:0").precision == "fp32"
     assert args_of("--precision bf16").precision == "bf16"
@@ -92,11 +92,12 @@ def test_on_a_card_steps_are_captured_with_channels_last_and_in_bf16_where_it_ha
     ("arch", "width", "possible"),
     [("vgg16", 0.05, True), ("resnet19", 0.25, True), ("resnet19", 0.125, False), ("resnet19", 0.05, False)],
 )
-def test_a_cpu_trains_with_channels_last_unless_its_kernels_would_crash(arch, width, possible):
+def test_channels_last_is_the_default_unless_a_cpus_kernels_would_crash(arch, width, possible):
     chosen, refusing, without = map(args_of, ("--device cpu", "--device cpu --channels_last", "--no-channels_last"))
     networks = [build_model(arch, 3, 10, width=width) for _ in range(3)]
     assert place(networks[0], chosen) is networks[0]
     assert chosen.channels_last == possible
+    assert machine.takes_channels_last(networks[0], "cuda")
     kernels = [module.weight for module in networks[0].modules() if isinstance(module, nn.Conv2d)]
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels) == possible
     if not possible:
@@ -120,7 +121,7 @@ def test_memory_of_a_tensor_that_is_gone_is_kept_for_the_next():
 
 def test_several_ranks_do_not_capture(gpu, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert (args_of().cuda_graph, args_of().channels_last) == (False, True)
+    assert not args_of().cuda_graph
     assert args_of("--cuda_graph").cuda_graph, "which is refused with a reason"
 
 
@@ -158,8 +159,8 @@ def test_a_cpu_tells_whether_it_has_units_for_bf16(monkeypatch, tmp_path, text, 
 @pytest.mark.parametrize(
     ("line", "named", "not_named"),
     [
-        ("", "bf16 triton channels captured", "TF32 note"),
-        ("--precision fp32 --no-cuda_graph", "fp32 TF32 channels", "captured"),
+        ("--channels_last", "bf16 triton channels captured", "TF32 note"),
+        ("--precision fp32 --no-cuda_graph --no-channels_last", "fp32 TF32", "captured channels"),
         ("--neuron relu --timestep 1", "bf16", "triton"),
     ],
 )
@@ -174,7 +175,7 @@ def test_a_run_says_what_it_runs_on(gpu, line, named, not_named):
 def test_it_is_said_before_the_first_epoch(run, capsys):
     run("oneshot", "--end_iter", "1")
     said, *rest = capsys.readouterr().out.splitlines()
-    assert all(word in said for word in (torch.backends.cpu.get_cpu_capability(), "fp32", "neuron"))
+    assert all(word in said for word in (torch.backends.cpu.get_cpu_capability(), "fp32", "neuron", "channels"))
     assert "epoch 1/1" in "".join(rest)
 
 

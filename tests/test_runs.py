@@ -149,11 +149,15 @@ def test_other_images_are_refused(killed, refused, monkeypatch):
     assert {path: now[0] for path, now in after.items()} == {path: was[0] for path, was in before.items()}
 
 
-def test_moved_and_shown_in_another_way(killed, tmp_path):
-    """The folder may move, and what is only shown may differ."""
+def test_moved_and_shown_in_another_way(killed, tmp_path, capsys):
+    """The folder may move, and what is only shown may differ; another layout is noted."""
     moved = killed.rename(tmp_path / "moved")
     script("earlybird")(command(moved, "--no-channels_last", "--data_dir", "elsewhere"))
     assert (moved / FOLDER / "summary.txt").exists()
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "channels_last" in line]
+    assert str(moved) in note
+    (now,) = read_json(moved / FOLDER / "args.json")["resumed_with"]
+    assert now["channels_last"] is False
 
 
 def test_changed_source_and_machine_are_noted(killed, monkeypatch, capsys):

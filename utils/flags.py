@@ -200,7 +200,8 @@ def shared_flags(parser: Parser) -> None:
     flag("--precision", ("fp32", "bf16"), None, None, text, shown="bf16 on a GPU that has units for it, else fp32")
     text = "on a CPU: fuse what lies between convolutions with torch.compile"
     flag("--compile", bool, False, None, text)
-    text = "channels innermost in memory; refused on a CPU if a strided 1x1 convolution has fewer than 16 channels"
+    few = f"a strided 1x1 convolution has fewer than {machine.VECTOR} channels"
+    text = f"channels innermost in memory; refused on a CPU if {few}"
     flag("--channels_last", bool, None, None, text, shown="on, but there")
     text = "launch a training step as one CUDA graph; for a single GPU"
     flag("--cuda_graph", bool, None, None, text, shown="on a single GPU")
@@ -287,8 +288,6 @@ def _choose_device(parser: Parser, flags: argparse.Namespace) -> None:
     gpu = kind == "cuda"
     if flags.precision is None:
         flags.precision = "bf16" if gpu and machine.has_bf16_units(name) else "fp32"
-    if flags.channels_last is None and gpu:
-        flags.channels_last = True  # on a CPU that depends on the network
     if flags.cuda_graph is None:
         flags.cuda_graph = gpu and os.environ.get("WORLD_SIZE", "1") == "1"
     if flags.compile and gpu:

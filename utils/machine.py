@@ -25,8 +25,8 @@ def keep_memory() -> None:
     """Have this process keep the memory of tensors that are gone for those to come, in large pages.
 
     As they come, the C library hands large blocks back to the system, which maps and clears the pages of the next
-    tensor anew: on a CPU that took a fifth to two fifths of a large batch's step (docs/speed.md). The process stays as
-    large as it ever was.
+    tensor anew: on a CPU that took about a quarter of a large batch's step (docs/speed.md). The process stays as large
+    as it ever was.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries than glibc have none
