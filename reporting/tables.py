@@ -177,7 +177,8 @@ def costs(section: Section) -> list[Table]:
 
 
 def every_ticket(section: Section) -> Table:
-    """One line for each experiment and ticket."""
+    """One line for each experiment and ticket; accuracy on held-out images where a run held some out."""
+    any_held = any(cell.spread("valid_accuracy") for e in section.experiments for cell in e.cells)
     rows = [
         {
             "method": e.label,
@@ -186,6 +187,7 @@ def every_ticket(section: Section) -> Table:
             "of all parameters": percent(cell.rows["sparsity_all_parameters"].mean()),
             "rounds": ", ".join(map(str, cell.rows["round"])),
             "accuracy (%)": accuracy_of(cell),
+            **({"held out (%)": _held_out(cell)} if any_held else {}),
             "best (%)": measured(cell.spread("best_test_accuracy")),
             "search T": whole(cell.spread("search_timesteps")),
             "search": search_of(cell),
@@ -196,6 +198,11 @@ def every_ticket(section: Section) -> Table:
         for cell in e.cells
     ]
     return Table("Every ticket", rows, marks([cell for e in section.experiments for cell in e.cells]))
+
+
+def _held_out(cell: Cell) -> str:
+    accuracy = cell.spread("valid_accuracy")
+    return with_n(measured(accuracy), accuracy) if accuracy else ""
 
 
 def _own_training(cell: Cell) -> str:

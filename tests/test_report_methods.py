@@ -160,6 +160,8 @@ def test_held_out_images_make_another_section_unless_their_number_is_given(tmp_p
     values = [s.experiments[0].cells[0].spread("valid_accuracy") for s in found]
     assert values[0] is None  # the first of a round counts
     assert [value.n for value in values[1:]] == [1, 1]
+    columns = [[row.get("held out (%)") for row in every_ticket(s).rows] for s in found]
+    assert columns == [[None], ["88.00 (n=1)"], ["88.00 (n=1)"]]
 
 
 # --- Table 2 ---
