@@ -113,7 +113,8 @@ class Maker:
     def __call__(self, shows: tuple[str, ...], script: str, experiment: str, flags: str = "", **ticket) -> Command:
         """A run of a script. One that is given a ticket has the ticket's sparsity, and no flags for it."""
         groups = ("all",) if ticket else ("all", *SCRIPTS[script])
-        own = [text for name, text in self.scale.flags.items() if name in groups or experiment.startswith(f"{name}-")]
+        sized = self.scale.flags.items()
+        own = [text for name, text in sized if name in groups or f"{experiment}-".startswith(f"{name}-")]
         texts = [f"--dataset {self.dataset} --arch {self.arch}", *own]
         words = shlex.split(" ".join([*texts, flags, f"--round {self.number} --exp_name {experiment}"]))
         name = f"{experiment}/{self._run()}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Scale:
     """How large the experiments are."""
 
-    flags: dict[str, str]  # of ``all`` scripts, of each group of flags, and of experiments whose names begin with it
+    flags: dict[str, str]  # of ``all`` scripts, of each group of flags, and of experiments by name or its first words
     networks: tuple[tuple[str, str], ...]  # data set, network; the first has all the experiments
     early_networks: tuple[tuple[str, str], ...]  # of Figs. 4 and 5
     deeper_networks: tuple[tuple[str, str], ...]  # of supplement G
@@ -52,6 +52,7 @@ SCALES = {
             "sparsity": "--prune_percent 50 --prune_iterations 7",
             "rewinding": "--rewinding_epoch 2",
             "gradual": "--dense_epochs 2",
+            "deep-r-from-dense": "--l1 3e-4",
         },
         networks=(("cifar10", "alexnet"),),
         early_networks=(("cifar10", "alexnet"),),

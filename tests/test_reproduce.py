@@ -83,6 +83,14 @@ def test_scripts_accept_their_commands_and_write_where_the_list_looks(scale, acc
     assert len(places) == len(folders) == len(list(reproduce.commands(one_round, tmp_path)))
 
 
+def test_a_scale_has_flags_for_one_experiment_and_for_those_that_its_name_begins():
+    flags = {"set-4": "--drop_fraction 0.1", "admm": "--rho 0.5"}
+    size = dataclasses.replace(reproduce.SCALES["cifar10"], flags=flags, rounds=1)
+    words = {command.name.split("/")[0]: command.words for command in reproduce.commands(size, Path("runs"))}
+    assert [name for name in words if "--drop_fraction" in words[name]] == ["set-4"]
+    assert [name for name in words if "--rho" in words[name]] == ["admm-4", "admm-6"]
+
+
 @pytest.mark.parametrize("scale", reproduce.SCALES)
 def test_figures_and_rounds_are_all_there(scale):
     commands = commands_of(scale)
