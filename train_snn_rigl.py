@@ -8,18 +8,22 @@ until three quarters of the training are done. With --grow random it is SET (Moc
 
 import math
 
+from utils.data import balanced_part
 from utils.experiment import script, start
 from utils.flags import between, get_args, positive_int
 from utils.goal import goal_of, sparsity_flags
 from utils.masks import dense_mask, drop_lowest, rewind
 from utils.rewiring import GROWTHS, drop_and_grow
-from utils.scores import erk_scores, random_scores
+from utils.scores import erk_scores, random_scores, snip_scores
 from utils.training import Trainer, generator, make_optimizer
+
+SNIP_SAMPLES = 1000  # training images, as many as the one-shot script takes by default
 
 
 def rigl_flags(parser):
     flag = parser.section("RigL")
-    flag("--distribution", ("erk", "uniform", "global"), "erk", None, "densities of the layers, kept throughout")
+    text = "densities of the layers, kept throughout; snip starts with SNIP's mask"
+    flag("--distribution", ("erk", "uniform", "global", "snip"), "erk", None, text)
     flag("--grow", GROWTHS, "gradient", None, "where the gradient is largest, or at random (SET)")
     flag("--update_every", positive_int, 100, "STEPS", "steps between two changes of the mask")
     flag("--update_until", between(0, 1), 0.75, "SHARE", "share of the training after which the mask is fixed")
@@ -39,9 +43,14 @@ def main(argv=None):
     run, data, model = start(args, goal.sparsity)
     trainer = Trainer(model, data, args)
 
-    # the start: a random mask on the initial weights
+    # the start: a random mask, or SNIP's, on the initial weights
     draws = generator(args, "random")
-    scores = erk_scores(model, 1 - goal.sparsity, draws) if args.distribution == "erk" else random_scores(model, draws)
+    if args.distribution == "snip":
+        scores = snip_scores(model, balanced_part(data.train, SNIP_SAMPLES), args.timestep)
+    elif args.distribution == "erk":
+        scores = erk_scores(model, 1 - goal.sparsity, draws)
+    else:
+        scores = random_scores(model, draws)
     scope = "local" if args.distribution == "uniform" else "global"
     mask = drop_lowest(scores, dense_mask(model), goal.sparsity, scope)
     mask, initial = run.ticket("start", mask, model.state_dict(), goal.level, epoch=0)

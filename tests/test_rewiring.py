@@ -154,6 +154,15 @@ def test_other_distributions(run, distribution):
     assert (max(densities) - min(densities) < 0.02) == (distribution == "uniform")
 
 
+def test_snip_distribution_starts_with_snips_mask(run):
+    moved = run("rigl", *LIVELY, "--distribution", "snip")
+    alone = run("oneshot", *LIVELY[:2], "--ticket", "snip", "--end_iter", "1")
+    start, snip, end = moved.ticket("start")[0], alone.ticket("sparsity_80")[0], moved.ticket("sparsity_80")[0]
+    assert all(torch.equal(m, snip[name]) for name, m in start.items())
+    assert any(not torch.equal(m, end[name]) for name, m in start.items())
+    assert all(m.sum() == end[name].sum() for name, m in start.items())
+
+
 def test_update_until_fixes_the_mask(run):
     still = run("rigl", *LIVELY, "--update_until", "0.1")  # before the third of 10 steps
     assert isinstance(still, Finished)
