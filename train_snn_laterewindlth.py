@@ -30,7 +30,7 @@ def main(argv=None):
     mask, rewind_point = run.ticket(level_name(0), dense_mask(model), model.state_dict(), level=0, **origin)
 
     # every level, the dense one too, starts from the rewind point (--rewind) and follows the same schedule
-    state, search = rewind_point, []
+    state, stages = rewind_point, [dense]
     for level, fraction in enumerate([0.0, *prunings_of(args)]):
         if level > 0:
             mask = prune_by_magnitude(model, mask, fraction, args.pruning_scope)
@@ -42,8 +42,9 @@ def main(argv=None):
         stage = run.stage("search", level, model=model, optimizer=optimizer)
         for epoch in stage.epochs(range(args.rewinding_epoch, args.end_iter)):
             stage.commit(epoch, trainer.epoch(optimizer, mask, epoch, args.timestep, level, lr_epoch))
+        search = stages if level else []  # the dense network needs none
         run.save_result(level_name(level), level, mask, model, data.test, search, train=stage)
-        search = [*(search or [dense]), stage]
+        stages.append(stage)
     run.finish()
 
 

@@ -205,7 +205,7 @@ def shared_flags(parser: Parser) -> None:
     flag("--channels_last", bool, None, None, text, shown="on, but there")
     text = "launch a training step as one CUDA graph; for a single GPU"
     flag("--cuda_graph", bool, None, None, text, shown="on a single GPU")
-    flag("--fused", bool, False, None, "Triton kernels for what lies between convolutions; untried on a card")
+    flag("--fused", bool, False, None, "Triton kernels for what lies between convolutions; untried on a GPU")
     parser.check(partial(_check_fused, parser))
     flag("--output_dir", str, "runs", "DIR", "folder that holds all runs")
     flag(
