@@ -422,25 +422,6 @@ def test_remarks_name_silent_layers_sources_and_arithmetic(tmp_path):
     assert text_of(every_ticket(section)).count("10.00 ± 0.00†") == 1
 
 
-def test_a_run_resumed_elsewhere_is_marked_and_has_no_time_to_compare(tmp_path):
-    here = {"device_name": "CPU", "threads": 1, "ranks": 1, "versions": {"torch": "2"}, "source": "a"}
-    moved = {"resumed_with": [here | {"device_name": "another", "source": "b"}]}
-    write_all(
-        tmp_path,
-        ("eb", "earlybird", 1, result(8, 80.0), {}),
-        ("eb", "earlybird", 2, result(8, 80.0), {}),
-        ("et", "earlyT_earlybird", 1, result(8, 85.0), {}),
-        ("et", "earlyT_earlybird", 2, result(8, 85.0), moved),
-    )
-    (section,) = sections(tmp_path)
-    assert [e.label for e in section.experiments] == ["EB", "EB + ET"]  # it is a repetition all the same
-    lines = remarks(section)
-    assert any("source" in line and "et/cifar10-vgg16-round2" in line for line in lines)
-    assert any("another" in line and "EB + ET" in line for line in lines)
-    timings = [run.timing for e in section.experiments for run in e.runs]
-    assert timings[0] == timings[1] == timings[2] != timings[3]
-
-
 def paper(name):
     return list(csv.DictReader((PAPER / name).read_text(encoding="utf-8").splitlines()))
 
@@ -550,6 +531,9 @@ def test_the_page_stands_alone_is_escaped_and_names_every_run(everything):
         ("results.json", {"test_accuracy": float("nan")}),
         ("results.json", {"layers": [1]}),
         ("results.json", {"search_epochs": True}),
+        ("results.json", {"layer_costs": {"conv": {"weights": 3}}}),
+        ("results.json", {"neuron_costs": {"conv": {"weights": 3}}}),
+        ("results.json", {"neurobench": {"footprint": "x"}}),
     ],
 )
 def test_a_run_that_cannot_be_read_is_named_in_one_line(tmp_path, name, content):

@@ -71,6 +71,8 @@ def test_a_run_that_was_resumed_elsewhere_has_no_time(tmp_path, change, rounds, 
     rows = numbers(tmp_path)
     assert [rows[label, "level_08"]["search_seconds_mean"] for label in ("EB", "EB + ET")] == [seconds] * 2
     assert rows["EB + ET", "level_08"]["speed_gain_n"] == ("2" if seconds else "")
+    named = [line for line in remarks_of(tmp_path) if "another" in line]
+    assert named == ([] if seconds else ["On another: EB; EB + ET."])
 
 
 # --- the dense network ---
@@ -98,17 +100,6 @@ def test_a_variants_dense_network_is_named_wherever_it_is_used(tmp_path):
         write(tmp_path, "plain", "laterewindlth", round, [result(0, 92.0)])
     row = numbers(tmp_path)["EB", "level_08"]
     assert (row["dense"], float(row["against_dense_mean"])) == ("IMP", -7)
-
-
-def test_the_overview_compares_round_by_round(tmp_path):
-    for round, accuracy in ((1, 90.0), (2, 92.0), (3, 20.0)):
-        write(tmp_path, "imp", "laterewindlth", round, [result(0, accuracy)])
-        if round < 3:
-            write(tmp_path, "eb", "earlybird", round, [result(8, accuracy - round)])
-    (section,) = sections(tmp_path)
-    (row,) = [row for row in overview(section).rows if row["method"] == "EB"]
-    assert row["against dense"].replace("−", "-").startswith("-1.50 ± 0.71")  # noqa: RUF001
-    assert "n=2" in row["against dense"]
 
 
 def test_batch_norm_over_time_is_not_the_papers(tmp_path):

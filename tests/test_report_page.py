@@ -10,7 +10,7 @@ from test_report import epochs, main, numbers, result, sections, text_of, write,
 from reporting.costs import energy_table
 from reporting.figures import draw_all, early_time_tickets
 from reporting.page import tables_of
-from reporting.runs import COSTS, read_runs
+from reporting.runs import COSTS
 from reporting.settings import METHODS
 from reporting.text import Spread, Table, significant
 from utils.energy import energies
@@ -182,14 +182,3 @@ def test_the_page_of_a_single_run_lists_what_each_layer_costs(tmp_path):
     layers, neurons = tables_of(section, [], [])[-2:]
     assert {"90 of 900", "800 of 9,000", "700", "20"} <= set(text_of(layers).splitlines())
     assert {"250.5", "7 of 1,000"} <= set(text_of(neurons).splitlines())
-
-
-@pytest.mark.parametrize("field", ["layer_costs", "neuron_costs", "neurobench"])
-def test_damaged_costs_are_named(tmp_path, field):
-    write(tmp_path, "eb", "earlybird", 1, [result(8, 90.0)])
-    damaged = {field: {"footprint": "x"} if field == "neurobench" else {"conv": {"weights": 3}}}
-    write(tmp_path, "rigl", "rigl", 1, [result(8, 91.0, **damaged)])
-    runs, left_out = read_runs(tmp_path)
-    assert [run.args["method"] for run in runs] == ["earlybird"]
-    (why,) = left_out.values()
-    assert "results.json" in why
