@@ -215,21 +215,6 @@ def test_dense_macs_of_the_full_networks(arch):
         assert cost["ann_energy_uj_per_image"] == pytest.approx(4.6e-6 * macs)
 
 
-def test_what_timesteps_and_pruned_connections_cost():
-    split = images(3)
-    model, mask = network("vgg16", split, 0.5)
-    short, long = (measure(model, mask, split, timesteps) for timesteps in (2, 6))
-    assert short["macs_per_image"] == long["macs_per_image"] > 0  # the image is convolved once
-    assert 2 * short["synops_per_image"] < long["synops_per_image"]
-    assert short["dense_macs_per_image"] == long["dense_macs_per_image"]
-    unpruned = measure(model, dense_mask(model), split, 6)
-    assert unpruned["synops_per_image"] > 1.5 * long["synops_per_image"]
-    same = ("spikes_per_image", "firing_rates", "dense_macs_per_image")
-    assert [unpruned[name] for name in same] == [long[name] for name in same]
-    nothing = {name: torch.zeros_like(m) for name, m in mask.items()}
-    assert measure(model, nothing, split, 6)[ENERGY] == 0
-
-
 def test_a_relu_network_does_not_spike_and_its_zeros_cost_nothing():
     split = images(3)
     model, mask = network("vgg16", split, 0.5, neuron="relu")

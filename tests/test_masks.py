@@ -4,7 +4,6 @@ from torch import nn
 
 from models import build_model
 from utils.masks import (
-    apply_mask,
     dense_mask,
     distance,
     drop_lowest,
@@ -64,19 +63,6 @@ def test_drop_lowest_is_what_sorting_gives(scores, full, fraction, values, scope
         for names in groups:
             expected |= by_sorting(scores, before, share, names)
         assert same(mask, expected)
-
-
-@pytest.mark.parametrize("scope", ["global", "local"])
-def test_levels_are_nested_and_follow_the_formula(scores, full, scope):
-    mask = full
-    for level in range(1, 8):
-        smaller = drop_lowest({name: torch.rand_like(s) for name, s in scores.items()}, mask, 0.25, scope)
-        assert all((smaller[name] <= mask[name]).all() for name in mask), "what is pruned stays pruned"
-        mask = smaller
-        groups = [mask] if scope == "global" else [{name: m} for name, m in mask.items()]
-        for group in groups:  # every rounding is off by half a weight at most
-            weights = sum(m.numel() for m in group.values())
-            assert sparsity(group) == pytest.approx(sparsity_after(level, 0.25), abs=2 / weights)
 
 
 def test_neither_inputs_nor_scores_of_pruned_weights_matter(scores, full):
@@ -164,17 +150,6 @@ def test_only_kernels_are_pruned():
     kernels = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert list(dense_mask(model)) == kernels
     assert len(kernels) == 14
-
-
-def test_apply_mask_keeps_survivors_bit_for_bit():
-    model = build_model("vgg16", 3, 10, width=0.0625)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    mask = magnitude_mask(model, 0.7)
-    apply_mask(model, mask)
-    for name, parameter in model.named_parameters():
-        keep = mask.get(name, torch.ones_like(parameter, dtype=torch.bool))
-        assert torch.equal(parameter[keep], before[name][keep])
-        assert (parameter[~keep] == 0).all()
 
 
 def test_state_after_pruning_is_the_rewind_point_or_a_copy_of_the_trained_network():

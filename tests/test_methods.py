@@ -11,10 +11,9 @@ from conftest import ROOT
 from plain import eb, gradual, imp, short_cycles
 from plain_rewiring import admm, deep_r, grad_r
 
-from utils import training
 from utils.data import balanced_part, load_data
 from utils.masks import sparsity_after
-from utils.training import Trainer, learning_rate
+from utils.training import Trainer
 
 PLAIN = {"laterewindlth": imp, "earlyT_laterewindlth": imp, "earlybird": eb, "earlyT_earlybird": eb}
 PLAIN |= {"gradual": gradual, "shortcycle": short_cycles, "deeprewiring": deep_r, "gradrewiring": grad_r, "admm": admm}
@@ -126,18 +125,6 @@ def test_early_bird_scripts_differ_by_early_time_alone():
 # --- what is written ---------------------------------------------------------------------------------------------
 
 
-def test_probe_runs_in_the_precision_of_the_training(run, monkeypatch):
-    seen, forward = set(), training.forward
-
-    def look(model, inputs, timesteps, precision, *more):
-        seen.add((model.training, precision))
-        return forward(model, inputs, timesteps, precision, *more)
-
-    monkeypatch.setattr(training, "forward", look)
-    run("earlyT_earlybird", "--precision", "bf16", "--end_iter", "2")
-    assert seen == {(True, "bf16"), (False, "bf16")}
-
-
 def test_accuracy_is_the_last_and_the_best_stands_beside_it(run, monkeypatch):
     accuracies = itertools.cycle([50.0, 90.0, 10.0, 40.0])
     monkeypatch.setattr(Trainer, "evaluate", lambda *_: next(accuracies))
@@ -218,27 +205,6 @@ def test_sparsity_in_percent_has_no_level(run):
     assert len(eb.stage("search")) == 4
     imp = run("laterewindlth", "--sparsity", "40", "--rewinding_epoch", "3")
     assert [row["sparsity"] for row in imp.results] == pytest.approx([0, 25, 40], abs=0.01)
-
-
-@pytest.mark.parametrize("method", ["laterewindlth", "earlyT_laterewindlth", "earlybird", "earlyT_earlybird"])
-def test_one_absolute_schedule(finished, method):
-    """Every epoch has the rate of its number, at every level; the last one is tested, whatever --valid_freq."""
-    run = finished(method, *(["--evaluate_levels", "0", "1"] if method == "earlyT_laterewindlth" else []))
-    args = Namespace(**run.args)
-    assert [row["lr"] for row in run.rows] == [learning_rate(args, row["epoch"]) for row in run.rows]
-    assert all((row["test_accuracy"] is not None) == (row["epoch"] in (1, 3)) for row in run.rows)
-    stages = [list(rows) for _, rows in itertools.groupby(run.rows, lambda row: (row["phase"], row["level"]))]
-    assert all(rows[-1]["epoch"] == 3 for rows in stages if rows[0]["phase"] == "train")
-    assert all(rows[0]["epoch"] == 2 for rows in stages if "laterewind" in method and rows[0]["phase"] != "dense")
-
-
-def test_rate_after_rewinding(finished):
-    """--rewind none trains on at the last rate, in its levels but the first."""
-    rows = finished("laterewindlth", "--rewind", "none").rows
-    first = [row["lr"] for row in rows if row["phase"] == "dense" or row["level"] == 0]
-    assert len(set(first)) == 4
-    assert {row["lr"] for row in rows if row["level"]} == {first[-1]}
-    assert [row["test_accuracy"] is not None for row in rows if row["level"] == 2] == [False, True]
 
 
 def test_tickets_name_what_they_were_cut_from(finished):

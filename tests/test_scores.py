@@ -10,8 +10,8 @@ from utils import scores
 from utils.augment import Recipe
 from utils.data import Split
 from utils.datasets import Spec
-from utils.masks import dense_mask, distance, drop_lowest, prunable, sparsity, sparsity_after
-from utils.scores import magnitude_mask, magnitude_scores, prune_by_magnitude, random_scores, snip_scores
+from utils.masks import dense_mask, distance, drop_lowest, prunable, sparsity_after
+from utils.scores import magnitude_mask, random_scores, snip_scores
 
 
 class Doubles(Split):
@@ -33,26 +33,6 @@ def samples():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, 3, 32, 32), generator=generator, dtype=torch.uint8)
     return Doubles(images, torch.arange(20) % 10, Spec((0.5,) * 3, (0.25,) * 3, Recipe(), 1))
-
-
-@pytest.mark.parametrize("scope", ["global", "local"])
-def test_magnitude_masks_prune_the_smallest_weights(model, scope):
-    mask = magnitude_mask(model, 0.6, scope)
-    again = prune_by_magnitude(model, mask, 0.5, scope)
-    assert (sparsity(mask), sparsity(again)) == pytest.approx((0.6, 0.8), abs=0.002)
-    weights = {name: weight.detach().abs() for name, weight in prunable(model).items()}
-    groups = [list(mask)] if scope == "global" else [[name] for name in mask]
-    for names in groups:
-        for smaller, larger in ((mask, dense_mask(model)), (again, mask)):
-            dropped = torch.cat([weights[name][larger[name] & ~smaller[name]] for name in names])
-            survivors = torch.cat([weights[name][smaller[name]] for name in names])
-            assert dropped.max() <= survivors.min()
-
-
-def test_magnitude_scores_are_of_the_weights_whatever_their_sign(model):
-    for name, score in magnitude_scores(model).items():
-        assert torch.equal(score, prunable(model)[name].detach().abs())
-    assert not any(score.requires_grad for score in magnitude_scores(model).values())
 
 
 def test_one_shot_pruning_of_the_untrained_vgg16_empties_its_classifier():

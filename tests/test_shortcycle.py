@@ -85,13 +85,6 @@ def test_tickets_are_exact_nested_and_on_one_rewind_point(run, monkeypatch):
     assert all(torch.equal(m, tickets[4][0][name]) for name, m in short.network("level_04")[0].items())
 
 
-def test_the_search_has_the_rate_of_the_rewind_epoch(finished):
-    run = finished("shortcycle")
-    rates = [row["lr"] for row in run.stage("dense") + run.stage("train", 2)]
-    assert len(set(rates)) == 4
-    assert {row["lr"] for row in run.stage("search")} == {rates[1]}
-
-
 @pytest.mark.parametrize("first", [0, *(pytest.param(epoch, marks=pytest.mark.slow) for epoch in (1, 2))])
 def test_the_default_is_one_training_in_all(run, prunings, first):
     """Also where the cycles are not whole numbers of steps."""
