@@ -1,14 +1,10 @@
 """Tickets that are made once, saved tickets, and their controls."""
 
-from unittest.mock import Mock
-
 import pytest
-import safetensors.torch
 import torch
 from conftest import Finished, script
 
 from models import build_model
-from utils import training
 from utils.masks import distance, layer_sparsity, sparsity, sparsity_after
 from utils.scores import erk_densities, magnitude_mask
 from utils.tickets import load_ticket, write_ticket
@@ -163,25 +159,15 @@ def test_reinit_keeps_the_mask_and_draws_other_weights(finished, run):
     assert (shot.args["method"], shot.args["label"]) == ("oneshot-transfer-reinit", "transfer reinit")
 
 
-def test_shuffle_keeps_layers_and_dense_weights(finished, run, monkeypatch):
-    """Three runs of one command end with one mask: the third is killed and resumed, and safetensors, which promises no
-    order, gives the tensors in another one."""
-    bird, load = finished("earlybird"), safetensors.torch.load
+def test_shuffle_keeps_layers_and_dense_weights(finished, run):
+    bird = finished("earlybird")
     flags = ["--ticket", str(bird.folder / LEVEL), "--control", "shuffle", "--end_iter", "1"]
-    mask = bird.ticket("level_02")[0]
-    one = run("oneshot", *flags, "--exp_name", "one").ticket("level_02")
-    assert layer_sparsity(one[0]) == layer_sparsity(mask)
-    assert all(distance({name: one[0][name]}, {name: kept}) > 0 for name, kept in mask.items())
+    mask, weights, _ = run("oneshot", *flags).ticket("level_02")
+    before = bird.ticket("level_02")[0]
+    assert layer_sparsity(mask) == layer_sparsity(before)
+    assert all(distance({name: mask[name]}, {name: kept}) > 0 for name, kept in before.items())
     initial = bird.ticket("initial")[1]
-    assert all(torch.equal(one[1][name], initial[name] * kept) for name, kept in one[0].items())
-
-    monkeypatch.setattr(safetensors.torch, "load", lambda data: dict(reversed(load(data).items())))
-    assert same(run("oneshot", *flags, "--exp_name", "two").ticket("level_02")[0], one[0])
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "loss_over_time", Mock(side_effect=ZeroDivisionError))
-        with pytest.raises(ZeroDivisionError):
-            run("oneshot", *flags, "--exp_name", "three")
-    assert same(run("oneshot", *flags, "--exp_name", "three").ticket("level_02")[0], one[0])
+    assert all(torch.equal(weights[name], initial[name] * kept) for name, kept in mask.items())
 
 
 def refused(capsys, root, *flags):
@@ -208,7 +194,7 @@ def test_tickets_that_cannot_be_used_are_refused_by_name(finished, tmp_path, cap
     (tmp_path / "text").write_text("text")
     assert "text" in refused(capsys, tmp_path, *NETWORK, "--ticket", str(tmp_path / "text"))
     assert "--ticket" in refused(capsys, tmp_path, *NETWORK, "--ticket", str(tmp_path / "nothing"))
-    assert not list(tmp_path.rglob("metrics.jsonl")) or not list(tmp_path.rglob("results.json"))
+    assert not list(tmp_path.rglob("args.json"))
 
 
 def test_ticket_with_no_epoch_left_is_refused(finished, tmp_path, capsys):
@@ -250,10 +236,3 @@ def test_a_strangers_ticket_is_checked(finished, tmp_path, capsys, origin):
     path = tmp_path / "stranger.safetensors"
     write_ticket(path, mask, weights, known | origin)
     assert path.name in refused(capsys, tmp_path, "--ticket", str(path))
-
-
-def test_a_ticket_that_does_not_fit_leaves_no_folder_behind(finished, tmp_path, capsys):
-    path = finished("earlybird").folder / "networks" / "level_02.safetensors"
-    refused(capsys, tmp_path, "--ticket", str(finished("earlybird").folder / LEVEL), "--width", "0.1")
-    refused(capsys, tmp_path, "--ticket", str(path), "--control", "shuffle", "--end_iter", "5")
-    assert not list(tmp_path.rglob("args.json"))
