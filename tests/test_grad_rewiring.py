@@ -49,24 +49,6 @@ def test_strengths_are_pulled_to_the_mean_from_both_sides(layer):
     assert ((strengths["weight"] + 0.1).abs() <= 0.011).all()
 
 
-def test_a_dormant_connection_comes_back_under_a_gradient_that_lasts(layer):
-    _, strengths, signs = parts(layer)
-    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
-    strengths["weight"].fill_(-0.2)
-    nn.init.zeros_(layer.weight)
-    towards = torch.arange(20) < 10  # the gradient asks half of the inputs' weights to grow, the others to shrink
-    back = []
-    for _ in range(50):
-        layer.weight.grad = -signs["weight"] * torch.where(towards, 1.0, -1.0)
-        optimizer.step()
-        gradient_rewiring(layer, strengths, signs, 0.001, -5.0)
-        back.append(bool((layer.weight != 0).any()))
-    assert back.index(True) == 22  # 0.2 at 0.01 - 0.001 a step
-    kept = layer.weight != 0
-    assert torch.equal(kept, towards.expand(30, -1))
-    assert (layer.weight.sign() == signs["weight"])[kept].all()
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_what_is_undecayed_is_trained_without_weight_decay_and_the_rest_with_it(optimizer):
     flags = "--dataset synthetic --device cpu --weight_decay 0.5 --learning_rate 0.1 --optimizer"
