@@ -22,8 +22,7 @@ ARGS_REQUIRED = {
 }
 ARGS_OPTIONAL = {
     **dict.fromkeys(("train_samples", "test_samples", "valid_samples", "search_timestep", "rewinding_epoch"), int),
-    **dict.fromkeys(("prune_until", "trial_epochs", "early_time_epoch", "sparsity_round"), int),
-    **dict.fromkeys(("eb_tolerance", "early_time_threshold", "cycle_epochs", "sparsity", "prune_percent"), NUMBER),
+    **dict.fromkeys(("eb_tolerance", "early_time_threshold", "cycle_epochs"), NUMBER),
     "early_time": bool,
     "ticket_origin": dict,
 }
@@ -35,7 +34,7 @@ EPOCH_REQUIRED = {
     "seconds": NUMBER,
     "test_accuracy": (*NUMBER, NONE),
 }
-EPOCH_OPTIONAL = {"loss": NUMBER, "valid_accuracy": NUMBER, "divergences": list, "early_time": int}
+EPOCH_OPTIONAL = {"stop": int, "loss": NUMBER, "valid_accuracy": NUMBER, "divergences": list, "early_time": int}
 COSTS = {
     "spikes_per_image": "per image: spikes",
     "synops_per_image": "per image: synaptic operations",

@@ -1,7 +1,7 @@
 """How far each run is, as plain text: read from its files, without waiting and without writing."""
 
 import fcntl
-import math
+from datetime import timedelta
 from pathlib import Path
 
 from .runs import Run, read_runs
@@ -46,39 +46,9 @@ def _row(run: Run, state: str) -> tuple[str, ...]:
         return run.folder, state, *[""] * (len(TITLES) - 2)
     last = run.rows[-1]
     stage = last["phase"] if last["level"] is None else f"{last['phase']}_{last['level']:02d}"
-    end = max(stage_end(run.args, last["phase"]), last["epoch"] + 1)
+    end = max(last.get("stop") or run.args["end_iter"], last["epoch"] + 1)  # older logs do not say where it stops
     tested = [row["test_accuracy"] for row in run.rows if row["test_accuracy"] is not None]
     accuracy = f"{tested[-1]:.2f} %" if tested else ""
-    left = clock(last["seconds"] * (end - last["epoch"] - 1)) if state == "running" else ""
+    seconds = last["seconds"] * (end - last["epoch"] - 1)
+    left = str(timedelta(seconds=round(seconds))) if state == "running" else ""
     return run.folder, state, stage, f"{last['epoch'] + 1} of {end}", accuracy, left
-
-
-def stage_end(args: dict, phase: str) -> int:
-    """The epoch that a stage ends before, at the latest: Early-Bird's search may end earlier.
-
-    Args:
-        args: flags of the run.
-        phase: of the stage.
-    """
-    rewinding = args.get("rewinding_epoch")
-    if phase == "dense" and rewinding is not None:
-        probed = args.get("early_time_epoch") if args["method"] == "earlyT_laterewindlth" else None
-        return max(rewinding, probed or 0)  # IMP's dense stage waits for the probe of Early-Time
-    if phase == "search" and rewinding is not None and args.get("cycle_epochs"):
-        return rewinding + math.ceil(args["cycle_epochs"] * prunings(args) - 1e-6)
-    if phase == "search":
-        return args.get("prune_until") or args.get("trial_epochs") or args["end_iter"]
-    return args["end_iter"]
-
-
-def prunings(args: dict) -> int:
-    """How often a run prunes until it is as sparse as its flags ask for."""
-    if args.get("sparsity") is None:
-        return args.get("sparsity_round") or 0
-    return math.ceil(math.log(1 - args["sparsity"] / 100) / math.log(1 - args["prune_percent"] / 100) - 1e-9)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

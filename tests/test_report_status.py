@@ -3,17 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from test_report import epochs, result, write
 
 from report import main
-from reporting.status import prunings, stage_end, status
+from reporting.status import status
 from utils.files import hold
-from utils.goal import prunings_of
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def unfinished(root, name, rows, **flags):
@@ -32,7 +29,8 @@ def write_some(root):
     rows = epochs("dense", 0, 20) + epochs("search", 3, 60, seconds=5.0, test_accuracy=71.25)
     rows += [row | {"epoch": 60, "test_accuracy": None} for row in epochs("search", 3, 1, seconds=30.0)]
     running = unfinished(root, "running", rows)
-    stopped = unfinished(root, "stopped", epochs("dense", 0, 7, test_accuracy=33.0), device="another")
+    rows = epochs("dense", 0, 7, stop=20, test_accuracy=33.0)
+    stopped = unfinished(root, "stopped", rows, device="another")
     lock_of(stopped).write_text("")
     unfinished(root, "new", [])
     damaged = unfinished(root, "damaged", [])
@@ -93,29 +91,3 @@ def test_it_does_without_torch(tmp_path):
 def test_no_run_is_one_line(tmp_path, capsys, exists):
     main([str(tmp_path if exists else tmp_path / "no"), "--status"])
     assert str(tmp_path) in capsys.readouterr().out.strip("\n")
-
-
-@pytest.mark.parametrize(
-    ("phase", "end", "flags"),
-    [
-        ("dense", 20, {"rewinding_epoch": 20}),
-        ("dense", 2, {"rewinding_epoch": 0, "early_time_epoch": 2, "method": "earlyT_laterewindlth"}),
-        ("dense", 0, {"rewinding_epoch": 0, "early_time_epoch": 2, "method": "earlyT_shortcycle"}),
-        ("dense", 300, {"admm_epochs": 60}),
-        ("search", 300, {"rewinding_epoch": 20}),
-        ("search", 180, {"prune_until": 180}),
-        ("in_place", 300, {"prune_until": 180}),
-        ("search", 30, {"trial_epochs": 30}),
-        ("search", 50, {"rewinding_epoch": 20, "cycle_epochs": 7.5, "sparsity_round": 4}),
-        ("search", 300, {"rewinding_epoch": 20, "cycle_epochs": 280 / 11, "sparsity_round": 11}),
-        ("train", 300, {"rewinding_epoch": 20, "cycle_epochs": 7.5, "sparsity_round": 4, "trial_epochs": 30}),
-    ],
-)
-def test_where_a_stage_ends(phase, end, flags):
-    assert stage_end({"end_iter": 300, "method": ""} | flags, phase) == end
-
-
-@pytest.mark.parametrize("sparsity", [None, 10.0, 25.0, 43.75, 90.0, 98.2])
-def test_prunings_are_those_of_the_scripts(sparsity):
-    flags = {"sparsity": sparsity, "sparsity_round": None if sparsity else 7, "prune_percent": 25.0}
-    assert prunings(flags) == len(prunings_of(type("Flags", (), flags)))

@@ -263,6 +263,7 @@ def test_time_between_checkpoints(tmp_path, monkeypatch, capsys):
         now[0] += 120
         stage.commit(epoch, row)
     assert saved == [2, 4, 6, 7]
+    assert [row["stop"] for row in stage.rows] == [7] * 7
     assert "dense_00 epoch 1/3" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 from . import distributed
@@ -71,7 +72,7 @@ class Stage:
             Stopped: a signal came; the checkpoint is written.
         """
         run = self.run
-        row = {"phase": self.phase, "level": self.level, "epoch": epoch, **row}
+        row = {"phase": self.phase, "level": self.level, "epoch": epoch, "stop": self.stop, **row}
         run.log(row)
         self.ended = last or epoch + 1 == self.stop
         stop = int(distributed.largest(run.stop or 0))
@@ -85,7 +86,7 @@ class Stage:
             _add_points(self.curves, row)
         values = ((name, row.get(f"{name}_accuracy")) for name in ("valid", "test"))
         tested = "".join(f"  {name} {value:.2f} %" for name, value in values if value is not None)
-        left = "" if self.ended else f", {clock(row['seconds'] * (self.stop - epoch - 1))} left"
+        left = "" if self.ended else f", {timedelta(seconds=round(row['seconds'] * (self.stop - epoch - 1)))} left"
         print(
             f"{self.name} epoch {epoch + 1}/{run.args.end_iter} T={row['timesteps']}  lr {row['lr']:.4f}  "
             f"loss {row['loss']:.4f}  train {row['train_accuracy']:.2f} %{tested}  {row['seconds']:.1f} s{left}",
@@ -107,7 +108,8 @@ def _curves(run, stage: Stage):
 
 
 def _add_points(writer, row: dict) -> None:
-    points = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "epoch"}
+    numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+    points = {name: value for name, value in numbers.items() if name not in ("epoch", "stop")}
     points |= {f"divergences/{t}_timesteps": value for t, value in enumerate(row.get("divergences", ()), start=2)}
     for name, value in points.items():
         writer.add_scalar(name, value, row["epoch"])
@@ -140,9 +142,3 @@ def search_costs(stages: list[Stage], until: float = math.inf) -> dict:
     costs = {"search_seconds": sums["seconds"], "search_epochs": sum(shares)}
     costs |= {"search_timestep_epochs": sums["timesteps"]}
     return costs | ({"search_timesteps": rows[-1]["timesteps"]} if rows else {})
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
