@@ -2,11 +2,9 @@
 
 from collections import Counter
 
-import pandas as pd
-
 from .experiments import Cell, Experiment, Section, against_dense
 from .settings import REACHED
-from .tables import PAPER_TABLE, plain_experiments, shown_columns
+from .tables import plain_experiments, shown_columns
 from .text import SILENT, Table, marks, measured, percent, with_n
 
 
@@ -30,17 +28,12 @@ def cells_for(experiment: Experiment, column: float, others: list[Experiment]) -
     return experiment.at(column) or [cell for cell in near if cell.ticket in aims]
 
 
-def paper_table_2() -> list[dict[str, str]]:
-    """The rows of the paper's Table 2, as text."""
-    return pd.read_csv(PAPER_TABLE.with_name("table2.csv"), dtype=str, keep_default_na=False).to_dict("records")
-
-
 def table_2(section: Section, paper: list[dict[str, str]]) -> Table:
     """Table 2 of the paper: change of accuracy against the dense network, the paper's and that of these runs.
 
     Args:
         section: whose plain experiments are compared with its dense SNN, round by round.
-        paper: the rows of ``paper_table_2``; those of the section's data set are shown.
+        paper: the rows of the paper's Table 2; those of the section's data set are shown.
     """
     experiments, dense = plain_experiments(section), section.dense()
     columns = shared_columns(experiments, most=4)

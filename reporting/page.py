@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils.files import InputError, write_bytes, write_text
 
-from .comparison import paper_table_2, table_2
+from .comparison import table_2
 from .experiments import Section, sections_of
 from .figures import draw_all
 from .one_run import facts, is_one_run, layer_tables
@@ -32,7 +32,7 @@ def write_report(root: Path, out: Path) -> None:
         raise InputError(
             f"{root} holds no run that can be read: name the folder that the scripts wrote to (--output_dir)"
         )
-    sections, paper, paper_2 = sections_of(runs), paper_table(), paper_table_2()
+    sections, paper, paper_2 = sections_of(runs), paper_table(), paper_table("table2")
     plots = draw_all(sections)
     views = [
         {

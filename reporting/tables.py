@@ -11,7 +11,7 @@ from .runs import NUMBERS
 from .settings import PAPER_SETTING, SIZE
 from .text import Table, accuracy_of, duration, marks, measured, percent, search_of, whole, with_n
 
-PAPER_TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "paper" / "table1.csv"
+PAPER = Path(__file__).resolve().parent.parent / "benchmarks" / "paper"
 PAPER_SPARSITIES = [100 * (1 - 0.75**prunings) for prunings in (4, 8, 11, 14)]
 GAINS = ("delta_accuracy", "speed_gain", "cost_gain")
 SPREADS = (*NUMBERS, "firing_rate")
@@ -22,9 +22,9 @@ CSV_FIELDS = [
 ]
 
 
-def paper_table() -> list[dict[str, str]]:
-    """The rows of the paper's Table 1, as text."""
-    return pd.read_csv(PAPER_TABLE, dtype=str, keep_default_na=False).to_dict("records")
+def paper_table(name: str = "table1") -> list[dict[str, str]]:
+    """The rows of a table of the paper, as text."""
+    return pd.read_csv(PAPER / f"{name}.csv", dtype=str, keep_default_na=False).to_dict("records")
 
 
 def paper_row(experiment: Experiment, section: Section, column: float, paper: list[dict]) -> dict[str, str]:

@@ -5,7 +5,6 @@ import json
 import re
 import statistics
 from html import unescape
-from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -21,7 +20,6 @@ from reporting.settings import METHODS
 from reporting.tables import every_ticket, overview, paper_table, shown_columns, table_1, tables_csv
 
 pytestmark = pytest.mark.xdist_group("report")  # its figures are drawn once
-PAPER = Path(__file__).resolve().parent.parent / "benchmarks" / "paper"
 FLAGS = {
     "dataset": "cifar10",
     "arch": "vgg16",
@@ -422,13 +420,9 @@ def test_remarks_name_silent_layers_sources_and_arithmetic(tmp_path):
     assert text_of(every_ticket(section)).count("10.00 ± 0.00†") == 1
 
 
-def paper(name):
-    return list(csv.DictReader((PAPER / name).read_text(encoding="utf-8").splitlines()))
-
-
 def test_table_1_of_the_paper_contradicts_itself_only_where_it_says_so():
-    table = {(row["dataset"], row["arch"], row["method"], int(row["prunings"])): row for row in paper("table1.csv")}
-    assert len(table) == len(paper("table1.csv")) == 4 * 2 * 4 * 4
+    table = {(row["dataset"], row["arch"], row["method"], int(row["prunings"])): row for row in paper_table("table1")}
+    assert len(table) == len(paper_table("table1")) == 4 * 2 * 4 * 4
     deltas, gains = {}, set()
     for (*where, method, prunings), row in table.items():
         # of all parameters; batch norm and biases, which stay, are under 0.1 % of them
@@ -451,10 +445,11 @@ def test_table_1_of_the_paper_contradicts_itself_only_where_it_says_so():
 
 
 def test_other_tables_of_the_paper():
-    assert {float(row["baseline_accuracy"]) for row in paper("table2.csv") if row["method"] == "IMP"} == {93.22, 71.34}
-    seconds = [(row["arch"] == "resnet19", float(row["seconds"])) for row in paper("supplement_table1.csv")]
+    baselines = {float(row["baseline_accuracy"]) for row in paper_table("table2") if row["method"] == "IMP"}
+    assert baselines == {93.22, 71.34}
+    seconds = [(row["arch"] == "resnet19", float(row["seconds"])) for row in paper_table("supplement_table1")]
     assert seconds == sorted(seconds)
-    assert all((float(row["mean"]) == 1) == (row["timesteps"] == "2") for row in paper("supplement_table2.csv"))
+    assert all((float(row["mean"]) == 1) == (row["timesteps"] == "2") for row in paper_table("supplement_table2"))
 
 
 # --- figures and page ---

@@ -15,7 +15,7 @@ from test_report import (
     write_all,
 )
 
-from reporting.comparison import paper_table_2, table_2
+from reporting.comparison import table_2
 from reporting.curves import learning_curves
 from reporting.drawing import styles_of
 from reporting.figures import draw_all
@@ -86,7 +86,7 @@ def test_a_variants_dense_network_is_named_wherever_it_is_used(tmp_path):
         write(tmp_path, "local", "laterewindlth", round, rows, log, pruning_scope="local")
         write(tmp_path, "eb", "earlybird", round, [result(8, 85.0)], epochs("train", 8, 3))
     (section,) = sections(tmp_path)
-    tables = [table_1(section, paper_table()), table_2(section, paper_table_2()), overview(section)]
+    tables = [table_1(section, paper_table()), table_2(section, paper_table("table2")), overview(section)]
     assert all("IMP, local" in "\n".join(table.notes) for table in tables)
     figures = {plot.name.removeprefix(f"{section.slug}-"): plot.figure for plot in draw_all([section])[section.slug]}
     for name in ("accuracy-sparsity", "learning-curves"):

@@ -5,9 +5,9 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from test_report import epochs, numbers, paper, result, sections, write
+from test_report import epochs, numbers, paper_table, result, sections, write
 
-from reporting.comparison import paper_table_2, shared_columns, table_2
+from reporting.comparison import shared_columns, table_2
 from reporting.curves import learning_curves
 from reporting.drawing import styles_of
 from reporting.search_cost import XLABEL, accuracy_and_cost
@@ -168,7 +168,7 @@ def test_held_out_images_make_another_section_unless_their_number_is_given(tmp_p
 
 
 def test_table_2_is_the_mean_of_differences_to_the_dense_network_of_the_same_round(section):
-    table = table_2(section, paper_table_2())
+    table = table_2(section, paper_table("table2"))
     ours = table.rows[[row["method"] for row in table.rows].index("These runs") + 1 :]
     cells = {(row["method"], row["sparsity"]): row for row in ours if isinstance(row["method"], str)}
     accuracies = [80.0 + round + len("earlybird") / 10 for round in (1, 2)]
@@ -178,7 +178,7 @@ def test_table_2_is_the_mean_of_differences_to_the_dense_network_of_the_same_rou
     assert cells["EB", "89.99 %"]["baseline accuracy (%)"].startswith("93.00")  # of the two rounds that EB has
     assert cells["IMP", "98.22 %"]["Δ accuracy"].replace("−", "-").startswith("-1.40 ± 0.00 (n=3)")  # noqa: RUF001
     papers = [row for row in table.rows[: table.rows.index(ours[0])] if row["architecture"]]
-    assert len(papers) == sum(row["dataset"] == "cifar10" for row in paper("table2.csv"))
+    assert len(papers) == sum(row["dataset"] == "cifar10" for row in paper_table("table2"))
     assert {row["architecture"] for row in ours} == {"vgg16"}
 
 
@@ -195,7 +195,7 @@ def test_what_was_only_reached_is_listed_there_with_all_rounds(section):
 def test_no_table_2_without_a_dense_network(tmp_path):
     write(tmp_path, "eb", "earlybird", 1, [result(8, 90.0)])
     (section,) = sections(tmp_path)
-    assert table_2(section, paper_table_2()).rows == []
+    assert table_2(section, paper_table("table2")).rows == []
     assert numbers(tmp_path)["EB", "level_08"]["against_dense_n"] == ""
     write(tmp_path, "imp", "laterewindlth", 1, [result(0, 93.0)])
     row = numbers(tmp_path)["EB", "level_08"]
@@ -203,13 +203,13 @@ def test_no_table_2_without_a_dense_network(tmp_path):
 
 
 def test_table_2_of_the_paper_names_its_methods():
-    assert {row["method"]: row["name"] for row in paper("table2.csv") if "repeated" not in row["method"]} == {
+    assert {row["method"]: row["name"] for row in paper_table("table2") if "repeated" not in row["method"]} == {
         "Deng et al.": "ADMM",
         "Bellec et al.": "Deep R",
         "Chen et al.": "Grad R",
         "IMP": "IMP",
     }
-    assert {row["name"] for row in paper("table2.csv")} <= METHODS.keys()
+    assert {row["name"] for row in paper_table("table2")} <= METHODS.keys()
 
 
 # --- accuracy against search cost ---
