@@ -39,7 +39,7 @@ from utils.datasets import DATASETS  # noqa: E402
 from utils.experiment import PACKAGES  # noqa: E402
 from utils.files import write_json, write_text  # noqa: E402
 from utils.flags import Parser, get_args  # noqa: E402
-from utils.machine import keep_memory  # noqa: E402
+from utils.machine import keep_memory, processor  # noqa: E402
 from utils.masks import apply_mask, dense_mask, distance, prunable, sparsity_after  # noqa: E402
 from utils.scores import magnitude_mask, prune_by_magnitude  # noqa: E402
 from utils.training import EVALUATION_BATCH, Trainer, loss_over_time, make_optimizer, place  # noqa: E402
@@ -272,13 +272,10 @@ def matrix_peak(device: str, precision: str) -> float:
 
 def machine(device: str) -> dict:
     """Where the figures come from."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     return {
-        "name": gpu or f"{processor} {torch.get_num_threads()} threads",
-        "processor": processor,
+        "name": gpu or f"{processor()} {torch.get_num_threads()} threads",
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "peak_gflops": {precision: matrix_peak(device, precision) / 1e9 for precision in precisions(device)},
         "date": time.strftime("%Y-%m-%d"),

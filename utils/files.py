@@ -138,11 +138,6 @@ def read_metadata(path: Path) -> dict:
         raise DamagedError(f"{path} is damaged or not a file of this project ({error})") from error
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, named without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
 def hold(path: Path, complaint: str) -> FileLock:
     """Take the lock that a file stands for; it is held until the process ends, however it ends.
 

@@ -97,11 +97,7 @@ def goal_of(args) -> Goal:
     """What ``--sparsity`` or ``--sparsity_round`` ask for."""
     if args.sparsity is not None:
         return goal_for(None, args.sparsity / 100)
-    return Goal(
-        level_name(args.sparsity_round),
-        args.sparsity_round,
-        sparsity_after(args.sparsity_round, args.prune_percent / 100),
-    )
+    return goal_for(args.sparsity_round, sparsity_after(args.sparsity_round, args.prune_percent / 100))
 
 
 def goal_for(level: int | None, sparsity: float) -> Goal:

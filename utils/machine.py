@@ -123,6 +123,11 @@ def device_name(device: str) -> str:
     """The model of a GPU, or of the CPU with the instructions that torch uses."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
+    return f"{processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def processor() -> str:
+    """The model of the CPU."""
     lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"
+    return names[0] if names else platform.processor() or "CPU"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import build_model
 
-from .files import DamagedError, InputError, part, read_tensors, write_tensors
+from .files import DamagedError, InputError, read_tensors, write_tensors
 from .masks import Mask, apply_mask, prunable
 
 Ticket = tuple[Mask, dict[str, Tensor], dict]
@@ -47,7 +47,8 @@ def load_ticket(path: Path | str, device: str = "cpu") -> Ticket:
         for name, shape in metadata["shapes"].items():
             bits = np.unpackbits(tensors[f"mask.{name}"].numpy(), count=int(np.prod(shape)))
             mask[name] = torch.from_numpy(bits).bool().view(shape).to(device)
-        weights = {n: value.to(device) for n, value in part(tensors, "weights.").items()}
+        weights = {n: value.to(device) for n, value in tensors.items() if n.startswith("weights.")}
+        weights = {n.removeprefix("weights."): value for n, value in weights.items()}
         for name, kept in mask.items():
             dense = weights[name].new_zeros(kept.shape)
             dense[kept] = weights[name]

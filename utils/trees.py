@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,12 +85,18 @@ def load_tree(train: Path, test: Path, channels: int | None, classes: int | None
 
 def _channels(folder: Path) -> int:
     """1 if the first image of a folder is grey, 3 if it has colours."""
+    with _opened(_list_images(folder)[0][0][0]) as image:
+        return 1 if image.mode in ("1", "L", "LA", "I;16") else 3
+
+
+@contextmanager
+def _opened(path: str) -> Iterator:
+    """An image; what cannot be decoded, now or later, is named."""
     from PIL import Image
 
-    path = _list_images(folder)[0][0][0]
     try:
         with Image.open(path) as image:
-            return 1 if image.mode in ("1", "L", "LA", "I;16") else 3
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be decoded as an image ({error}): replace or remove it") from error
 
@@ -160,14 +168,10 @@ def _list_images(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
 
 def _decode(samples: list[tuple[str, int]], channels: int) -> Arrays:
     """Decode images of one size."""
-    from PIL import Image
 
     def pixels(path: str) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                return np.array(image.convert("RGB" if channels == 3 else "L")).reshape(image.height, image.width, -1)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path} cannot be decoded as an image ({error}): replace or remove it") from error
+        with _opened(path) as image:
+            return np.array(image.convert("RGB" if channels == 3 else "L")).reshape(image.height, image.width, -1)
 
     first = pixels(samples[0][0])
     images = torch.empty(len(samples), *first.shape, dtype=torch.uint8)  # [N,H,W,C]
