@@ -50,6 +50,47 @@ def script(method):
     return importlib.import_module(f"train_snn_{method}").main
 
 
+def same(a, b):
+    """Whether two dicts hold the same tensors, bit for bit, in the same order."""
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Started(Exception):
+    """A script has accepted its command line; the arguments are those of ``start``."""
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The flags and the sparsity that a script begins a run with; it goes no further."""
+
+    def stop(args, sparsity=None, check=None):
+        raise Started(args, sparsity)
+
+    def begin(name, words):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "start", stop)
+        with pytest.raises(Started) as found:
+            module.main(words)
+        return found.value.args
+
+    return begin
+
+
+@pytest.fixture
+def refused(capsys):
+    """Calls a program that must end with one line of complaint; returns the line."""
+
+    def refuse(main, *words, code=2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in words])
+        lines = capsys.readouterr().err.splitlines()
+        assert (end.value.code, len(lines)) == (code, 1), lines
+        return lines[0]
+
+    return refuse
+
+
 @pytest.fixture(scope="session", autouse=True)
 def synthetic_images():
     """The synthetic images are drawn once a process, not for every run: that takes as long as a run's training."""

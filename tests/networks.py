@@ -8,6 +8,17 @@ from torch.nn import functional as F
 from benchmarks import loop
 from benchmarks.loop import LoopBlock, lif
 from models.lif import LIF
+from utils.data import Split
+
+
+class Exact(Split):
+    """A split in fp64."""
+
+    def part(self, indices):
+        return Exact(*vars(super().part(indices)).values())
+
+    def batches(self, batch_size):
+        return ((pixels.double(), labels) for pixels, labels in super().batches(batch_size))
 
 
 def lively(model, images):

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from networks import firing_rates, lively, recorded
+from networks import Exact, firing_rates, lively, recorded
 from spikingjelly.activation_based import layer
 from torch import nn
 from torch.nn import functional as F
@@ -184,16 +184,6 @@ def test_counts_of_the_networks_are_convolutions_with_ones(arch, size, real, mon
     assert list(cost["firing_rates"]) == list(layers)
     assert cost["spikes_per_image"] == sum(spikes.sum().item() for _, spikes in layers.values()) / 3
     assert cost["firing_rates"] == pytest.approx(firing_rates(model, inputs_of(split), 3))
-
-
-class Exact(Split):
-    """A split in fp64."""
-
-    def part(self, indices):
-        return Exact(*vars(super().part(indices)).values())
-
-    def batches(self, batch_size):
-        return ((pixels.double(), labels) for pixels, labels in super().batches(batch_size))
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "resnet19"])

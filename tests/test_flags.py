@@ -1,11 +1,10 @@
-import importlib
 import math
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FLAGS, script
+from conftest import FLAGS, Started, script
 
 from utils import experiment, flags
 from utils.goal import goal_of, prunings_of
@@ -24,37 +23,20 @@ OWN_DEFAULTS = {
 }
 
 
-class Started(Exception):
-    """The command line was accepted; the flags are its argument."""
-
-
 @pytest.fixture
-def parsed(monkeypatch):
+def parsed(started):
     """The flags that a script begins a run with, from its command line."""
-
-    def parse(method, line=""):
-        def start(args, sparsity=None, check=None):
-            raise Started(args)
-
-        monkeypatch.setattr(importlib.import_module(f"train_snn_{method}"), "start", start)
-        with pytest.raises(Started) as started:
-            script(method)(line.split())
-        return started.value.args[0]
-
-    return parse
+    return lambda method, line="": started(f"train_snn_{method}", line.split())[0]
 
 
 @pytest.fixture
-def refused(capsys, tmp_path, monkeypatch):
+def refused(refused, tmp_path, monkeypatch):
     """The one line that a script ends with, where its command line is wrong; it has written nothing."""
     monkeypatch.chdir(tmp_path)
 
     def refuse(method, line):
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as stop:
-            script(method)(line.split())
-        assert stop.value.code == 2
-        (message,) = capsys.readouterr().err.splitlines()
+        message = refused(script(method), *line.split())
         assert sorted(tmp_path.rglob("*")) == before
         return message
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import same
 
 from utils import stages
 
@@ -31,10 +32,6 @@ def watched(run, monkeypatch):
 
 def kept(mask):
     return sum(int(m.sum()) for m in mask.values())
-
-
-def same(a, b):
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("more", [SIX, REGROW], ids=["plain", "regrow"])

@@ -195,12 +195,9 @@ def test_a_signal_lets_runs_save_and_leaves_no_process_behind(what, where, signa
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
-def test_without_ray_one_line_names_the_flag(monkeypatch, capsys, tmp_path):
+def test_without_ray_one_line_names_the_flag(monkeypatch, refused, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(SystemExit) as stop:
-        reproduce.main(["--launcher", "ray", "--scale", "small", "--output_dir", str(tmp_path)])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(reproduce.main, "--launcher", "ray", "--scale", "small", "--output_dir", tmp_path)
     assert "--launcher" in line
     assert "requirements-cluster.txt" in line
 

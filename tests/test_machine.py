@@ -4,12 +4,11 @@ import platform
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FLAGS, script
+from conftest import FLAGS, ROOT, script
 from torch import nn
 
 from models import build_model
@@ -18,8 +17,6 @@ from utils.files import InputError
 from utils.flags import get_args
 from utils.machine import has_bf16_units
 from utils.training import place
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def args_of(line=""):
@@ -62,15 +59,6 @@ def smi(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return put
-
-
-def line_of(capsys, act):
-    """The one line that a program ends with."""
-    with pytest.raises(SystemExit) as stop:
-        act()
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 # --- defaults --------------------------------------------------------------------------------------------------------
@@ -179,11 +167,11 @@ def test_it_is_said_before_the_first_epoch(run, capsys):
 
 
 @pytest.mark.parametrize("version", [None, "13.0"])
-def test_a_gpu_that_torch_does_not_see_is_not_passed_over(smi, monkeypatch, capsys, version):
+def test_a_gpu_that_torch_does_not_see_is_not_passed_over(smi, monkeypatch, refused, version):
     monkeypatch.setattr(torch.version, "cuda", version)
     smi("GPU 0: Card 3000 (UUID: GPU-1)")
     for line in ("", "--device cuda"):
-        message = line_of(capsys, lambda line=line: args_of(line))
+        message = refused(lambda words: args_of(*words), line)
         assert ("driver" if version else "without CUDA") in message
     assert args_of("--device cpu").device == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -200,25 +188,25 @@ def test_a_machine_without_a_gpu_needs_no_flag(smi, monkeypatch, tmp_path):
 
 
 def test_what_tritons_kernels_are_built_with_is_looked_for_before_anything_is_written(
-    gpu, monkeypatch, tmp_path, capsys
+    gpu, monkeypatch, tmp_path, refused
 ):
     monkeypatch.chdir(tmp_path)
 
-    def refused():
-        line = line_of(capsys, lambda: script("oneshot")([*FLAGS["oneshot"].split(), "--device", "cuda"]))
+    def complaint():
+        line = refused(script("oneshot"), *FLAGS["oneshot"].split(), "--device", "cuda")
         assert not list(tmp_path.glob("runs*"))
         return line
 
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.delenv("CC", raising=False)
-    assert "install gcc" in refused()
+    assert "install gcc" in complaint()
     monkeypatch.setenv("CC", "mycc")
-    assert "mycc" in refused()
+    assert "mycc" in complaint()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "mycc").write_text("")
     (tmp_path / "bin" / "mycc").chmod(0o755)
     monkeypatch.setattr(machine.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
-    assert "python3-dev" in refused()
+    assert "python3-dev" in complaint()
     (tmp_path / "Python.h").write_text("")
     machine.check_compiler(args_of())
 

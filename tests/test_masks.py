@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import same
 from torch import nn
 
 from models import build_model
@@ -33,10 +34,6 @@ def full(scores):
 
 def counts(mask):
     return {name: int(m.sum()) for name, m in mask.items()}
-
-
-def same(a, b):
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def by_sorting(scores, mask, fraction, names):

@@ -17,12 +17,10 @@ def measured(tmp_path, *argv):
     return json.loads((tmp_path / "costs.json").read_text())
 
 
-def failed(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        measure_ticket.main([str(word) for word in argv])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    return line
+@pytest.fixture
+def refused(refused):
+    """The one line that the tool ends with."""
+    return lambda *words: refused(measure_ticket.main, *words)
 
 
 def test_a_runs_network_has_the_costs_and_the_accuracy_that_the_run_wrote_down(finished, tmp_path, capsys):
@@ -50,14 +48,14 @@ def test_a_file_on_its_own_with_other_timesteps(finished, tmp_path):
     assert 0 < few["synops_per_image"] < many["synops_per_image"]
 
 
-def test_bad_input_is_one_line(finished, tmp_path, capsys):
+def test_bad_input_is_one_line(finished, tmp_path, refused):
     run = finished("rigl")
     shutil.copy(run.folder / "networks" / f"{run.results[0]['ticket']}.safetensors", tmp_path / "network.safetensors")
-    assert "--timestep" in failed(capsys, tmp_path / "network.safetensors")
-    assert "typo" in failed(capsys, run.folder, "--json", tmp_path / "typo" / "costs.json")
-    assert "no/run" in failed(capsys, "no/run")
-    assert "--dataset" in failed(capsys, run.folder, "--dataset", "digits")
-    line = failed(capsys, run.folder, "--dataset", "cifar11")
+    assert "--timestep" in refused(tmp_path / "network.safetensors")
+    assert "typo" in refused(run.folder, "--json", tmp_path / "typo" / "costs.json")
+    assert "no/run" in refused("no/run")
+    assert "--dataset" in refused(run.folder, "--dataset", "digits")
+    line = refused(run.folder, "--dataset", "cifar11")
     assert "cifar11" in line
     assert "cifar100" in line
 

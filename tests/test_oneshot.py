@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Finished, script
+from conftest import Finished, same, script
 
 from models import build_model
 from utils.masks import distance, layer_sparsity, sparsity, sparsity_after
@@ -11,10 +11,6 @@ from utils.tickets import load_ticket, write_ticket
 
 TARGET = sparsity_after(2, 0.25)
 LEVEL = "tickets/level_02.safetensors"
-
-
-def same(a, b):
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def initial_weights(run):
@@ -170,38 +166,32 @@ def test_shuffle_keeps_layers_and_dense_weights(finished, run):
     assert all(torch.equal(weights[name], initial[name] * kept) for name, kept in mask.items())
 
 
-def refused(capsys, root, *flags):
-    """The one line of a command that is refused."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        script("oneshot")(["--dataset", "synthetic", "--device", "cpu", *flags, "--output_dir", str(root)])
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
+@pytest.fixture
+def refused(refused, tmp_path):
+    """The one line that a command for a small network ends with."""
+    network = "--dataset synthetic --device cpu --arch alexnet --width 0.05".split()
+    return lambda *flags: refused(script("oneshot"), *network, *flags, "--output_dir", tmp_path)
 
 
-NETWORK = "--arch alexnet --width 0.05".split()
-
-
-def test_tickets_that_cannot_be_used_are_refused_by_name(finished, tmp_path, capsys):
+def test_tickets_that_cannot_be_used_are_refused_by_name(finished, tmp_path, refused):
     imp = finished("laterewindlth", "--rewind", "none")
     path = str(imp.folder / LEVEL)
-    line = refused(capsys, tmp_path, "--arch", "alexnet", "--width", "0.1", "--ticket", path)
+    line = refused("--ticket", path, "--width", "0.1")
     assert path in line
     assert "stem.weight" in line
-    line = refused(capsys, tmp_path, *NETWORK, "--ticket", path, "--control", "shuffle")  # no dense weights are kept
+    line = refused("--ticket", path, "--control", "shuffle")  # no dense weights are kept
     assert path in line
     (tmp_path / "text").write_text("text")
-    assert "text" in refused(capsys, tmp_path, *NETWORK, "--ticket", str(tmp_path / "text"))
-    assert "--ticket" in refused(capsys, tmp_path, *NETWORK, "--ticket", str(tmp_path / "nothing"))
+    assert "text" in refused("--ticket", tmp_path / "text")
+    assert "--ticket" in refused("--ticket", tmp_path / "nothing")
     assert not list(tmp_path.rglob("args.json"))
 
 
-def test_ticket_with_no_epoch_left_is_refused(finished, tmp_path, capsys):
+def test_ticket_with_no_epoch_left_is_refused(finished, tmp_path, refused):
     """A ticket of epoch 2 where the training has two, and a trained network, which has no epoch left at all."""
     imp = finished("laterewindlth")
     for path, epochs in ((imp.folder / LEVEL, "2"), (imp.folder / "networks" / "level_02.safetensors", "4")):
-        line = refused(capsys, tmp_path, *NETWORK, "--ticket", str(path), "--end_iter", epochs)
+        line = refused("--ticket", path, "--end_iter", epochs)
         assert "--end_iter" in line or str(path) in line
 
 
@@ -231,8 +221,8 @@ def test_the_initial_weights_of_another_run_are_a_ticket_like_any_other(finished
 
 
 @pytest.mark.parametrize("origin", [{"dense": "../x.safetensors"}, {"epoch": "2"}, {"level": -1}, {"network": None}])
-def test_a_strangers_ticket_is_checked(finished, tmp_path, capsys, origin):
+def test_a_strangers_ticket_is_checked(finished, tmp_path, refused, origin):
     mask, weights, known = finished("earlybird").ticket("level_02")
     path = tmp_path / "stranger.safetensors"
     write_ticket(path, mask, weights, known | origin)
-    assert path.name in refused(capsys, tmp_path, "--ticket", str(path))
+    assert path.name in refused("--ticket", path)

@@ -1,7 +1,6 @@
 """The list of runs: its commands are accepted by their scripts, what is done is skipped, what fails is named."""
 
 import dataclasses
-import importlib
 from collections import Counter
 from pathlib import Path
 
@@ -15,27 +14,6 @@ from utils.runs import Run
 from utils.tickets import write_ticket
 
 MASK = {"conv.weight": torch.tensor([[True, False]])}
-
-
-class Accepted(Exception):
-    """A script got as far as its data."""
-
-
-@pytest.fixture
-def accepted(monkeypatch):
-    """Checks a command with its script's own parser; returns the folder that the run would have."""
-
-    def stop(args, sparsity=None, check=None):
-        raise Accepted(args, sparsity)
-
-    def check(command):
-        script = importlib.import_module(command.script.removesuffix(".py"))
-        monkeypatch.setattr(script, "start", stop)
-        with pytest.raises(Accepted) as accepted:
-            script.main(list(command.words[1:]))
-        return Run(*accepted.value.args).folder
-
-    return check
 
 
 @pytest.fixture
@@ -64,7 +42,7 @@ def commands_of(scale, output_dir=Path("runs/list")):
 
 
 @pytest.mark.parametrize("scale", reproduce.SCALES)
-def test_scripts_accept_their_commands_and_write_where_the_list_looks(scale, accepted, tmp_path):
+def test_scripts_accept_their_commands_and_write_where_the_list_looks(scale, started, tmp_path):
     one_round = dataclasses.replace(reproduce.SCALES[scale], rounds=1)
     folders, places = {}, set()
     for command in reproduce.commands(one_round, tmp_path):
@@ -75,7 +53,8 @@ def test_scripts_accept_their_commands_and_write_where_the_list_looks(scale, acc
             origin = {"network": {}, "level": 1, "epoch": 2, "ticket": "level_01"}
             write_ticket(command.ticket, MASK, {"conv.weight": torch.ones(1, 2)}, origin)
         assert command.state(tmp_path) == "missing"
-        folder = folders[command.name] = accepted(command)
+        found = started(command.script.removesuffix(".py"), list(command.words[1:]))
+        folder = folders[command.name] = Run(*found).folder
         places.add(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.txt").touch()

@@ -57,18 +57,9 @@ def killed(tmp_path, killed_once):
 
 
 @pytest.fixture
-def refused(capfd):
-    """Runs a command that must end with one line; returns the line."""
-
-    def refuse(flags, code=2, method="earlybird"):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            script(method)(flags)
-        lines = capfd.readouterr().err.strip().splitlines()
-        assert (end.value.code, len(lines)) == (code, 1), lines
-        return lines[0]
-
-    return refuse
+def refused(refused):
+    """The one line that a command of Early-Bird ends with."""
+    return lambda flags, **code: refused(script("earlybird"), *flags, **code)
 
 
 def test_folders(finished):

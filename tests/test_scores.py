@@ -2,24 +2,15 @@ import copy
 
 import pytest
 import torch
-from networks import lively
+from networks import Exact, lively
 from torch.nn import functional as F
 
 from models import build_model
 from utils import scores
 from utils.augment import Recipe
-from utils.data import Split
 from utils.datasets import Spec
 from utils.masks import dense_mask, distance, drop_lowest, prunable, sparsity_after
 from utils.scores import magnitude_mask, random_scores, snip_scores
-
-
-class Doubles(Split):
-    """Images in double precision."""
-
-    def batches(self, batch_size):
-        for images, labels in super().batches(batch_size):
-            yield images.double(), labels
 
 
 @pytest.fixture
@@ -32,7 +23,7 @@ def model():
 def samples():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return Doubles(images, torch.arange(20) % 10, Spec((0.5,) * 3, (0.25,) * 3, Recipe(), 1))
+    return Exact(images, torch.arange(20) % 10, Spec((0.5,) * 3, (0.25,) * 3, Recipe(), 1))
 
 
 def test_one_shot_pruning_of_the_untrained_vgg16_empties_its_classifier():
