@@ -75,7 +75,7 @@ def how_far(run: Run) -> str:
         return done
     last = run.rows[-1]
     level = "" if last["level"] is None else f" of level {last['level']}"
-    return f"{done}, last: {last['phase']}{level}, epoch {last['epoch'] + 1} of {run.args['end_iter']}"
+    return f"{done}, last: {last['phase']}{level}, epoch {last['epoch'] + 1} of {run.stop}"
 
 
 def render(template: str, **context) -> str:

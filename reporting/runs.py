@@ -102,6 +102,11 @@ class Run:
         """Those that the run was begun in, and others that it was resumed in."""
         return [self.args["circumstances"], *self.args.get("resumed_with", [])]
 
+    @property
+    def stop(self) -> int:
+        """The epoch before which the stage of the last row stops; an older log does not say it."""
+        return max(self.rows[-1].get("stop") or self.args["end_iter"], self.rows[-1]["epoch"] + 1)
+
     def by_method(self) -> list["Run"]:
         """This run once for each method that its rows name, with that method's rows and epochs alone.
 

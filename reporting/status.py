@@ -46,9 +46,8 @@ def _row(run: Run, state: str) -> tuple[str, ...]:
         return run.folder, state, *[""] * (len(TITLES) - 2)
     last = run.rows[-1]
     stage = last["phase"] if last["level"] is None else f"{last['phase']}_{last['level']:02d}"
-    end = max(last.get("stop") or run.args["end_iter"], last["epoch"] + 1)  # older logs do not say where it stops
     tested = [row["test_accuracy"] for row in run.rows if row["test_accuracy"] is not None]
     accuracy = f"{tested[-1]:.2f} %" if tested else ""
-    seconds = last["seconds"] * (end - last["epoch"] - 1)
+    seconds = last["seconds"] * (run.stop - last["epoch"] - 1)
     left = str(timedelta(seconds=round(seconds))) if state == "running" else ""
-    return run.folder, state, stage, f"{last['epoch'] + 1} of {end}", accuracy, left
+    return run.folder, state, stage, f"{last['epoch'] + 1} of {run.stop}", accuracy, left
