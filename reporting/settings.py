@@ -125,6 +125,7 @@ def settings_of(runs: list[Run]) -> list[dict]:
         ignored |= OF_EARLY_TIME if args.get("early_time") is False else set()
         ignored |= {"noise", "pruning_scope"} if args.get("from_dense") else set()  # they follow from it
         settings = {flag: args.get(flag) for flag in sorted(known[args["method"]] - ignored)}
+        settings = {flag: None if value is False else value for flag, value in settings.items()}  # None: not known yet
         if settings.get("search_timestep") == args["timestep"]:
             settings["search_timestep"] = None
         if args.get("ticket_origin"):

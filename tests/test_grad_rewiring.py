@@ -6,8 +6,9 @@ import torch
 from one_layer import EPOCHS, MOMENTUM, OneLayer
 from torch import nn
 
+from models import build_model
 from utils.flags import get_args
-from utils.masks import surviving
+from utils.masks import prunable, surviving
 from utils.rewiring import gradient_rewiring, next_penalty, signs_of
 from utils.scores import magnitude_scores
 from utils.training import make_optimizer, set_learning_rate
@@ -68,6 +69,21 @@ def test_what_is_undecayed_is_trained_without_weight_decay_and_the_rest_with_it(
     middle = {name: p.detach().clone() for name, p in model.named_parameters()}
     both[1].step()
     assert not any(torch.equal(p, middle[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("undecayed", [False, True])
+def test_decay_of_kernels_only_leaves_biases_and_batch_norm(undecayed):
+    flags = "--dataset synthetic --device cpu --weight_decay 0.5 --learning_rate 0.1 --decay_kernels_only"
+    args = get_args("train_snn_none.py", "none", None, flags.split())
+    model = build_model("alexnet", 3, 10, width=0.05)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, args, prunable(model).values() if undecayed else ())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        left = 1 if undecayed or name not in prunable(model) else 1 - 0.1 * 0.5
+        torch.testing.assert_close(parameter.detach(), left * before[name])
 
 
 def reached(penalty):

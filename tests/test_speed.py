@@ -17,7 +17,9 @@ from utils.masks import apply_mask, dense_mask, distance, prunable
 from utils.scores import magnitude_mask, prune_by_magnitude
 from utils.training import forward, make_optimizer
 
-SETTINGS = SimpleNamespace(optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=5e-4, cuda_graph=False)
+SETTINGS = SimpleNamespace(
+    optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=5e-4, decay_kernels_only=False, cuda_graph=False
+)
 
 
 @pytest.mark.parametrize(("arch", "sparsity"), [*((arch, 0.5) for arch in speed.ARCHS), ("vgg16", 0.0)])

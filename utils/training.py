@@ -60,11 +60,15 @@ def place(model: nn.Module, args) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, args, undecayed: Iterable[nn.Parameter] = ()) -> torch.optim.Optimizer:
-    """A fresh optimizer without momentum, the weight decay on all parameters (section 4.1) but ``undecayed``."""
-    rate, decay, undecayed = args.learning_rate, args.weight_decay, list(undecayed)
+    """A fresh optimizer without momentum, the weight decay on all parameters (section 4.1) but ``undecayed``, and with
+    ``args.decay_kernels_only`` but biases and batch norm."""
+    rate, decay = args.learning_rate, args.weight_decay
     free = {id(parameter) for parameter in undecayed}
-    groups = [{"params": [parameter for parameter in model.parameters() if id(parameter) not in free]}]
-    groups += [{"params": undecayed, "weight_decay": 0.0}] if undecayed else []
+    if args.decay_kernels_only:
+        free |= {id(parameter) for parameter in model.parameters() if parameter.dim() == 1}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in free]}]
+    groups += [{"params": [p for p in model.parameters() if id(p) in free], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     if args.optimizer == "adam":
         return torch.optim.Adam(groups, rate, weight_decay=decay, fused=True)
     return torch.optim.SGD(groups, rate, args.momentum, weight_decay=decay, fused=True)
