@@ -7,6 +7,7 @@ Only the seeds of the draws, the images and their augmentation are those of the 
 import copy
 import math
 from argparse import Namespace
+from collections import namedtuple
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +15,10 @@ from torch.nn import functional as F
 from models import build_model
 from utils.augment import augment, draw, normalise
 from utils.training import effective_seed, generator
+
+# a ticket and its network: the mask, the trained weights, their accuracy; the state and epoch that its training begins
+# with, whether that state is kept unpruned, too; and the epochs and epochs x T of its search
+Found = namedtuple("Found", "mask weights accuracy start first unpruned search")
 
 
 def sorted_away(model, mask, fraction, scope):
@@ -49,6 +54,7 @@ class Plain:
             name: torch.ones_like(p, dtype=torch.bool) for name, p in self.model.named_parameters() if p.dim() > 1
         }
         self.early_time = self.args.timestep
+        self.spent = []
         self.restart(self.state(), self.dense)
 
     def state(self):
@@ -72,6 +78,7 @@ class Plain:
         rate_epoch = epoch if rate_epoch is None else rate_epoch
         for group in self.optimizer.param_groups:
             group["lr"] = args.learning_rate / 2 * (1 + math.cos(math.pi * rate_epoch / args.end_iter))
+        self.spent.append(timesteps)
         order = torch.randperm(len(train), generator=generator(args, "shuffle", level, epoch))
         drawn = draw(train.spec.recipe, len(train), (32, 32), generator(args, "augment", level, epoch))
         self.model.train()
@@ -95,16 +102,17 @@ class Plain:
             self.optimizer.state[weight]["momentum_buffer"][gone] = 0
             mask[name] = kept
 
-    def moved(self, mask, fraction):
-        """In each layer the smallest survivors give way to where the gradient is largest."""
+    def moved(self, mask, fraction, draws=None):
+        """In each layer the smallest survivors give way to where the gradient is largest, or where it is drawn."""
         new = {}
         for name, kept in mask.items():
             weight = self.model.get_parameter(name)
-            sizes, gradients = (t.abs().flatten().tolist() for t in (weight, weight.grad))
+            wishes = weight.grad if draws is None else torch.rand(weight.numel(), generator=draws)
+            sizes, wishes = (t.abs().flatten().tolist() for t in (weight, wishes))
             alive = {i for i, one in enumerate(kept.flatten().tolist()) if one}
             count = round(fraction * len(alive))
             alive -= set(sorted(alive, key=lambda i: (sizes[i], i))[:count])
-            others = sorted(set(range(len(sizes))) - alive, key=lambda i: (-gradients[i], i))
+            others = sorted(set(range(len(sizes))) - alive, key=lambda i: (-wishes[i], i))
             new[name] = torch.tensor([i in alive for i in range(len(sizes))])
             new[name][others[:count]] = True
             new[name] = new[name].view_as(weight)
@@ -117,6 +125,16 @@ class Plain:
     def accuracy(self):
         right = self.logits(self.data.test, self.args.timestep).mean(0).argmax(1) == self.data.test.labels
         return 100 * right.sum().item() / len(right)
+
+    def found(self, mask, start, first, search, unpruned=True):
+        """The network as it is now."""
+        return Found(mask, self.state(), self.accuracy(), start, first, unpruned, search)
+
+    def cost(self, share=1):
+        """Epochs and epochs x T so far; of the last epoch a share."""
+        if not self.spent:
+            return 0, 0
+        return len(self.spent) - 1 + share, sum(self.spent[:-1]) + share * self.spent[-1]
 
     def choose_time(self, probe):
         """Eq. 1, divided by its value at two timesteps."""
@@ -149,20 +167,24 @@ def imp(args, data, probe=None):
                 epoch, timesteps, level, mask, rate_epoch=args.end_iter - 1 if level and args.rewind == "none" else None
             )
 
-    starts = [(point, mask)]
+    def keep(level):
+        name, first = f"level_{level:02d}", args.rewinding_epoch
+        found[name] = plain.found(mask, state, first, search, unpruned=args.rewind == "weights")
+
+    starts = [(point, mask, (0, 0))]
     for level in range(args.sparsity_round + 1):
-        state, mask = starts[level]
+        state, mask, search = starts[level]
         if not probe or level < args.sparsity_round:
             train(level, state, mask, plain.early_time)
             after = plain.state()
             if not probe:
-                found[f"level_{level:02d}"] = mask, after, plain.accuracy()
+                keep(level)
             smaller = sorted_away(plain.model, mask, args.prune_percent / 100, args.pruning_scope)
-            starts.append((point if args.rewind == "weights" else after, smaller))
+            starts.append((point if args.rewind == "weights" else after, smaller, plain.cost()))
     for level in args.evaluate_levels if probe else ():
-        state, mask = starts[level]
+        state, mask, search = starts[level]
         train(level, state, mask, args.timestep)
-        found[f"level_{level:02d}"] = mask, plain.state(), plain.accuracy()
+        keep(level)
     return found, plain.early_time
 
 
@@ -180,10 +202,11 @@ def eb(args, data, probe=None):
         close = [apart(masks[-1], mask, args.eb_distance) < args.eb_tolerance for mask in window]
         if len(close) == args.eb_window and all(close):
             break
+    search = plain.cost()
     plain.restart(initial, masks[-1])
     for epoch in range(args.end_iter):
         plain.epoch(epoch, args.timestep, args.sparsity_round, masks[-1])
-    return {f"level_{args.sparsity_round:02d}": (masks[-1], plain.state(), plain.accuracy())}, plain.early_time
+    return {f"level_{args.sparsity_round:02d}": plain.found(masks[-1], initial, 0, search)}, plain.early_time
 
 
 def gradual(args, data, probe=None):
@@ -194,6 +217,8 @@ def gradual(args, data, probe=None):
     wanted = args.sparsity / 100 if level is None else 1 - (1 - args.prune_percent / 100) ** level
     name = f"level_{level:02d}" if level is not None else f"sparsity_{args.sparsity:g}"
     for epoch in range(args.end_iter):
+        if epoch == args.prune_until:
+            pruned, search = plain.state(), plain.cost()
         plain.epoch(epoch, plain.early_time if epoch < args.prune_until else args.timestep, level, mask)
         if probe and epoch + 1 == args.early_time_epoch:
             plain.choose_time(probe)
@@ -206,19 +231,21 @@ def gradual(args, data, probe=None):
             )
             if args.regrow:
                 plain.change(mask, plain.moved(mask, args.regrow * (1 + math.cos(math.pi * time)) / 2))
-    found = {f"{name}_in_place": (mask, plain.state(), plain.accuracy())}
+    found = {f"{name}_in_place": plain.found(mask, pruned, args.prune_until, plain.cost(), unpruned=False)}
     plain.restart(point, mask)
     for epoch in range(args.dense_epochs, args.end_iter):
         plain.epoch(epoch, args.timestep, level, mask)
-    return found | {name: (mask, plain.state(), plain.accuracy())}, plain.early_time
+    found[name] = plain.found(mask, point, args.dense_epochs, search, unpruned=False)
+    return found, plain.early_time
 
 
 def short_cycles(args, data, probe=None):
     """Short-cycle IMP, with ``probe`` with Early-Time."""
     plain = Plain(args, data)
     args, mask, first, step = plain.args, dict(plain.dense), plain.args.rewinding_epoch, 0
-    masks, point = [plain.dense], plain.state()
-    cycle = math.floor(args.cycle_epochs * math.ceil(len(data.train) / args.batch_size) + 1e-6)
+    masks, point, costs = [plain.dense], plain.state(), [(0, 0)]
+    steps = math.ceil(len(data.train) / args.batch_size)
+    cycle = math.floor(args.cycle_epochs * steps + 1e-6)
 
     def prune():
         nonlocal step
@@ -226,6 +253,7 @@ def short_cycles(args, data, probe=None):
         if step % cycle == 0 and len(masks) <= args.sparsity_round:
             plain.change(mask, sorted_away(plain.model, mask, args.prune_percent / 100, args.pruning_scope))
             masks.append(dict(mask))
+            costs.append(plain.cost(((step - 1) % steps + 1) / steps))
 
     epoch = 0
     while len(masks) <= args.sparsity_round:
@@ -240,5 +268,5 @@ def short_cycles(args, data, probe=None):
         plain.restart(point, masks[level])
         for epoch in range(first, args.end_iter):
             plain.epoch(epoch, args.timestep, level, masks[level])
-        found[f"level_{level:02d}"] = masks[level], plain.state(), plain.accuracy()
+        found[f"level_{level:02d}"] = plain.found(masks[level], point, first, costs[level])
     return found, plain.early_time

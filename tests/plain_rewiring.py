@@ -1,5 +1,5 @@
-"""Deep R, Grad R and ADMM once more as plain loops, see ``plain``. What one step of Deep R and one round of ADMM do is
-tested by itself, so they are called here; when, at which rates and from which weights is written out."""
+"""RigL, SET, Deep R, Grad R and ADMM once more as plain loops, see ``plain``. ERK's scores, one step of Deep R and one
+round of ADMM are tested by themselves and called here; when, at which rates and from which weights is written out."""
 
 import math
 
@@ -8,6 +8,7 @@ from plain import Plain, sorted_away
 
 from utils.admm import Admm
 from utils.rewiring import deep_rewiring, next_penalty
+from utils.scores import erk_scores
 from utils.training import generator
 
 
@@ -22,6 +23,42 @@ def rate_of(args, epoch):
     return args.learning_rate / 2 * (1 + math.cos(math.pi * epoch / args.end_iter))
 
 
+def pruned_anywhere(scores, share):
+    """The mask without a share of the entries, the lowest scores."""
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    kept = torch.ones(len(flat), dtype=torch.bool)
+    kept[flat.argsort(stable=True)[: round(share * len(flat))]] = False
+    parts = kept.split([score.numel() for score in scores.values()])
+    return {n: part.view_as(scores[n]).clone() for n, part in zip(scores, parts, strict=True)}
+
+
+def rigl(args, data, probe=None):
+    """RigL, with ``--grow random`` SET."""
+    plain = Plain(args, data)
+    args, level = plain.args, args["sparsity_round"]
+    name, share = name_and_share(args)
+    state, draws, step = plain.state(), generator(args, "random"), 0
+    if args.distribution == "erk":
+        scores = erk_scores(plain.model, 1 - share, draws)
+    else:
+        scores = {n: torch.rand(m.shape, generator=draws) for n, m in plain.dense.items()}
+    mask = pruned_anywhere(scores, share)
+    last = args.update_until * args.end_iter * math.ceil(len(data.train) / args.batch_size)
+
+    def change(draws):
+        nonlocal step
+        if step % args.update_every == 0 and 0 < step < last:
+            fraction = args.drop_fraction / 2 * (1 + math.cos(math.pi * step / last))
+            plain.change(mask, plain.moved(mask, fraction, draws if args.grow == "random" else None))
+        step += 1
+
+    plain.restart(state, mask)
+    for epoch in range(args.end_iter):
+        draws = generator(args, "after_step", level, epoch)
+        plain.epoch(epoch, args.timestep, level, mask, after_step=lambda draws=draws: change(draws))
+    return {name: plain.found(mask, state, 0, plain.cost())}, args.timestep
+
+
 def deep_r(args, data, probe=None):
     plain = Plain(args, data)
     args, level = plain.args, args["sparsity_round"]
@@ -29,22 +66,17 @@ def deep_r(args, data, probe=None):
     state, mask = plain.state(), dict(plain.dense)
     signs = {n: torch.where(state[n] < 0, -1.0, 1.0) for n in mask}
     wanted = {(n,): m.numel() - round(share * m.numel()) for n, m in mask.items()}
+    draws = generator(args, "random")
     if not args.from_dense:
-        draws = generator(args, "random")
-        scores = torch.cat([torch.rand(m.shape, generator=draws).flatten() for m in mask.values()])
-        order = scores.argsort(stable=True)[: round(share * len(scores))]
-        kept = torch.ones(len(scores), dtype=torch.bool)
-        kept[order] = False
-        parts = kept.split([m.numel() for m in mask.values()])
-        mask = {n: part.view_as(m).clone() for (n, m), part in zip(mask.items(), parts, strict=True)}
-        wanted = {tuple(mask): int(kept.sum())}
+        mask = pruned_anywhere({n: torch.rand(m.shape, generator=draws) for n, m in mask.items()}, share)
+        wanted = {tuple(mask): sum(int(m.sum()) for m in mask.values())}
     plain.restart(state, mask)
     for epoch in range(args.end_iter):
         rate, draws = rate_of(args, epoch), generator(args, "after_step", level, epoch)
         sizes = rate * args.l1, rate * args.noise
         step = [plain.model, plain.optimizer, mask, signs, wanted, *sizes, draws]
         plain.epoch(epoch, args.timestep, level, mask, after_step=lambda step=step: deep_rewiring(*step))
-    return {name: (mask, plain.state(), plain.accuracy())}, args.timestep
+    return {name: plain.found(mask, state, 0, plain.cost())}, args.timestep
 
 
 def grad_r(args, data, probe=None):
@@ -84,7 +116,7 @@ def grad_r(args, data, probe=None):
             tried[penalty] = sum(int(m.sum()) for m in mask.values()) / len(sizes)
             penalty = next_penalty(tried, 1 - share)
     mask = train(penalty, 0, args.end_iter)
-    return {"reached": (mask, plain.state(), plain.accuracy())}, args.timestep
+    return {"reached": plain.found(mask, state, 0, plain.cost())}, args.timestep
 
 
 def admm(args, data, probe=None):
@@ -100,7 +132,8 @@ def admm(args, data, probe=None):
         plain.epoch(epoch, args.timestep, level, {})
         rounds.update()
     mask = sorted_away(plain.model, plain.dense, share, args.pruning_scope)
-    plain.restart(plain.state(), mask)
+    state, search = plain.state(), plain.cost()
+    plain.restart(state, mask)
     for epoch in range(args.end_iter):
         plain.epoch(epoch, args.timestep, level, mask)
-    return {name: (mask, plain.state(), plain.accuracy())}, args.timestep
+    return {name: plain.found(mask, state, 0, search, unpruned=False)}, args.timestep

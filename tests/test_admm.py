@@ -97,22 +97,3 @@ def test_rounds_are_those_of_a_plain_numpy_loop():
         np.testing.assert_allclose(admm.target["weight"].numpy(), target, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(admm.dual["weight"].numpy(), dual, rtol=1e-5, atol=1e-6)
     assert (supports[0] != supports[-1]).any()
-
-
-def test_script_prunes_the_pulled_network_and_trains_on_from_its_weights(finished):
-    run = finished("admm", "--sparsity", "80", "--admm_epochs", "2")
-    dense, rounds, train = run.stage("dense"), run.stage("search", None), run.stage("train", None)
-    assert [[row["epoch"] for row in rows] for rows in (dense, rounds, train)] == [[0, 1, 2, 3], [2, 3], [0, 1, 2, 3]]
-    assert [row["lr"] for row in rounds] == [row["lr"] for row in dense[2:]]
-    (mask, weights, _), (initial, first, _) = run.ticket("sparsity_80"), run.ticket("initial")
-    total = sum(m.numel() for m in mask.values())
-    assert sum(int(m.sum()) for m in mask.values()) == total - round(0.8 * total)
-    assert all(m.all() for m in initial.values())
-    assert all(not torch.equal(weights[name][m], first[name][m]) for name, m in mask.items()), "it keeps its weights"
-    ours, trained, _ = run.network("sparsity_80")
-    assert all(torch.equal(m, mask[name]) for name, m in ours.items())
-    assert all((trained[name] != 0).equal(m) for name, m in mask.items())
-    (row,) = run.results
-    assert row["sparsity"] == pytest.approx(80, abs=100 / total)
-    assert [row[field] for field in ("search_epochs", "search_timestep_epochs")] == [6, 24]
-    assert row["train_seconds"] == pytest.approx(sum(r["seconds"] for r in train))

@@ -150,30 +150,3 @@ def test_training_is_that_of_a_plain_numpy_loop(from_dense):
     assert sum(grown) > 0
     assert np.array_equal(mask["weight"].numpy(), alive)
     one.assert_weights_are(sign * theta)
-
-
-def test_script_ends_with_its_connections_on_the_initial_weights(finished):
-    run = finished("deeprewiring")
-    (start, _, _), (mask, weights, _) = run.ticket("start"), run.ticket("level_02")
-    assert sum(int(m.sum()) for m in start.values()) == sum(int(m.sum()) for m in mask.values())
-    assert any((m & ~start[name]).any() for name, m in mask.items())
-    initial = run.ticket("initial")[1]
-    assert all(torch.equal(weights[name], initial[name] * m) for name, m in mask.items())
-    ours, trained, _ = run.network("level_02")
-    assert all(torch.equal(m, mask[name]) for name, m in ours.items())
-    assert all((trained[name].sign() == initial[name].sign())[m].all() for name, m in mask.items())
-    (row,) = run.results
-    assert (row["search_epochs"], row["train_seconds"], row["level"]) == (4, 0, 2)
-
-
-def test_script_from_dense_prunes_each_layer_up_to_the_wanted_share(run):
-    flags = "--from_dense --sparsity 50 --l1 0.5 --weight_decay 0"
-    dense = run("deeprewiring", *flags.split())
-    assert (dense.args["method"], dense.args["label"]) == ("deeprewiring-dense", "Deep R from dense")
-    assert all(m.all() for m in dense.ticket("start")[0].values())
-    mask = dense.ticket("sparsity_50")[0]
-    shares = {name: m.float().mean().item() for name, m in mask.items()}
-    assert all(share >= 0.5 - 1 / mask[name].numel() for name, share in shares.items())
-    reached = [name for name, m in mask.items() if m.sum() == m.numel() - round(0.5 * m.numel())]
-    assert reached
-    assert dense.results[0]["sparsity"] > 20

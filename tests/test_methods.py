@@ -7,9 +7,9 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, same
 from plain import eb, gradual, imp, short_cycles
-from plain_rewiring import admm, deep_r, grad_r
+from plain_rewiring import admm, deep_r, grad_r, rigl
 
 from utils.data import balanced_part, load_data
 from utils.masks import sparsity_after
@@ -17,6 +17,7 @@ from utils.training import Trainer
 
 PLAIN = {"laterewindlth": imp, "earlyT_laterewindlth": imp, "earlybird": eb, "earlyT_earlybird": eb}
 PLAIN |= {"gradual": gradual, "shortcycle": short_cycles, "deeprewiring": deep_r, "gradrewiring": grad_r, "admm": admm}
+PLAIN |= {"rigl": rigl}
 # every line changes one thing that the loops must agree about
 CASES = [
     ("laterewindlth", "--rewinding_epoch 0 --pruning_scope local --valid_freq 50 --end_iter 3"),
@@ -37,8 +38,10 @@ CASES = [
     ),
     ("earlyT_earlybird", "--eb_window 9 --early_time_threshold 0.9 --early_time_epoch 2"),
     pytest.param("gradual", "--dense_epochs 1 --sparsity 90", marks=pytest.mark.slow),
-    pytest.param("gradual", "--regrow 0.5 --pruning_scope local", marks=pytest.mark.slow),
+    pytest.param("gradual", "--regrow 0.5 --dense_epochs 0 --pruning_scope local", marks=pytest.mark.slow),
     ("gradual", "--regrow 0.5 --dense_epochs 1 --early_time --early_time_epoch 1 --early_time_threshold 1.5"),
+    ("rigl", "--sparsity 80 --update_every 2 --update_until 0.7 --drop_fraction 0.5"),
+    ("rigl", "--grow random --update_every 1 --end_iter 3 --distribution global"),
     ("deeprewiring", "--l1 0.1 --noise 0.1 --sparsity 80"),
     pytest.param("deeprewiring", "--l1 0.3 --from_dense", marks=pytest.mark.slow),
     ("gradrewiring", "--trials 2 --trial_epochs 2 --sparsity 80 --end_iter 3"),
@@ -64,12 +67,18 @@ def test_script_is_the_plain_loop(finished, method, more):
     )
     found, early_time = PLAIN[method](script.args, data, probe)
     assert [row["ticket"] for row in script.results] == list(found)
-    for row, (name, (mask, weights, accuracy)) in zip(script.results, found.items(), strict=True):
-        ours, trained, _ = script.network(name)
-        assert list(ours) == list(mask)
-        assert not [layer for layer in mask if not torch.equal(ours[layer], mask[layer])]
-        assert not [n for n in weights if not torch.equal(trained[n], weights[n])]
-        assert row["test_accuracy"] == pytest.approx(accuracy)
+    for row, (name, one) in zip(script.results, found.items(), strict=True):
+        (ours, trained, _), (cut, start, origin) = script.network(name), script.ticket(name)
+        assert same(ours, one.mask)
+        assert same(cut, one.mask)
+        assert same(trained, one.weights)
+        assert same(start, {n: value * one.mask[n] if n in one.mask else value for n, value in one.start.items()})
+        assert origin["epoch"] == one.first
+        assert (origin["dense"] is not None) == one.unpruned
+        if one.unpruned:
+            assert same(script.ticket(origin["dense"].removesuffix(".safetensors"))[1], one.start)
+        assert row["test_accuracy"] == pytest.approx(one.accuracy)
+        assert of(row) == pytest.approx(list(one.search))
     if "jaccard" in more:  # at this sparsity hamming would be below the tolerance, whatever the masks
         assert any(row["hamming"] < 0.05 <= row["jaccard"] for row in script.rows[1:] if "jaccard" in row)
     assert [row["early_time"] for row in script.rows if "early_time" in row] == ([early_time] if probe else [])

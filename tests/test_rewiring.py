@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import Finished
 from one_layer import DECAY, EPOCHS, MOMENTUM, OneLayer
 from torch import nn
 
@@ -115,18 +114,6 @@ def test_training_is_that_of_a_plain_numpy_loop():
     one.assert_weights_are(weight)
 
 
-@pytest.mark.parametrize(("label", "more"), [("RigL", []), ("SET", ["--grow", "random"])])
-def test_script_moves_its_mask(finished, label, more):
-    whole = finished("rigl", *LIVELY, *more)
-    assert whole.args["label"] == label
-    (start, _, _), (end, weights, _) = whole.ticket("start"), whole.network("sparsity_80")
-    assert {name: int(m.sum()) for name, m in start.items()} == {name: int(m.sum()) for name, m in end.items()}
-    assert sum(int(m.sum()) for m in end.values()) == round(0.2 * sum(m.numel() for m in end.values()))
-    assert any(not torch.equal(m, end[name]) for name, m in start.items())
-    assert all((weights[name][~m] == 0).all() for name, m in end.items())
-    assert all(torch.equal(m, end[name]) for name, m in whole.ticket("sparsity_80")[0].items())
-
-
 @pytest.mark.parametrize("distribution", ["uniform", "global"])
 def test_other_distributions(run, distribution):
     mask, _, _ = run("rigl", *LIVELY, "--end_iter", "1", "--distribution", distribution).ticket("start")
@@ -141,9 +128,3 @@ def test_snip_distribution_starts_with_snips_mask(run):
     assert all(torch.equal(m, snip[name]) for name, m in start.items())
     assert any(not torch.equal(m, end[name]) for name, m in start.items())
     assert all(m.sum() == end[name].sum() for name, m in start.items())
-
-
-def test_update_until_fixes_the_mask(run):
-    still = run("rigl", *LIVELY, "--update_until", "0.1")  # before the third of 10 steps
-    assert isinstance(still, Finished)
-    assert all(torch.equal(m, still.ticket("sparsity_80")[0][name]) for name, m in still.ticket("start")[0].items())
