@@ -13,7 +13,7 @@ from torch import nn
 from models import ARCHITECTURES
 from utils import datasets, files, stages
 from utils.data import load_data
-from utils.files import read_json
+from utils.files import read_json, write_json
 from utils.tickets import load_ticket_network
 from utils.training import effective_seed, predict
 
@@ -120,6 +120,16 @@ def test_other_flags_are_refused_by_name_and_nothing_is_written(killed, refused)
     assert all(flag in line for flag in ("--learning_rate", "--seed", "0.2"))
     assert "--momentum" not in line
     assert contents(killed) == before
+
+
+def test_a_flag_that_an_older_version_did_not_know_was_off(killed, refused):
+    path = killed / FOLDER / "args.json"
+    flags = read_json(path)
+    del flags["decay_kernels_only"]
+    write_json(path, flags)
+    assert "--decay_kernels_only" in refused(command(killed, "--decay_kernels_only"))
+    script("earlybird")(command(killed))
+    assert (killed / FOLDER / "summary.txt").exists()
 
 
 def test_other_images_are_refused(killed, refused, monkeypatch):

@@ -276,7 +276,8 @@ class Run:
         check_fields(path, before, ("data_checksum", "circumstances"))
         check_fields(path, before["circumstances"], ())
         now = json.loads(json.dumps(self._flags()))  # so that what is compared has the same types
-        differ = [n for n in now if n not in MAY_DIFFER and before.get(n, "not there") != now[n]]
+        # a flag that the version before did not know was off
+        differ = [n for n in now if n not in MAY_DIFFER and (now[n] != before[n] if n in before else now[n])]
         if differ:
             changes = ", ".join(f"--{name} was {before.get(name)}, now {now[name]}" for name in differ)
             raise InputError(f"{self.folder} holds a run with other flags ({changes}): {REMEDY}")
