@@ -68,6 +68,7 @@ PAPER_SETTING = {
     "learning_rate": 0.3,
     "momentum": 0.9,
     "weight_decay": 5e-4,
+    "decay_kernels_only": None,
     "prune_percent": 25.0,
     "pruning_scope": "global",
     "rewinding_epoch": 20,

@@ -251,13 +251,13 @@ def test_sections_by_size_and_sparsities_of_whole_weights(tmp_path):
         ("a", "earlybird", 1, result(8, 90.0), {}),
         ("b", "earlybird", 2, result(8, 70.0, sparsity=89.99), {}),
         ("c", "earlybird", 3, result(8, 70.0, sparsity=99.0), {}),
-        ("d", "earlybird", 1, result(8, 90.0), {"width": 0.25}),
+        ("d", "earlybird", 1, result(8, 90.0), {"width": 0.25, "decay_kernels_only": True}),
     )
     large, small = sections(tmp_path)
     cells = [(cell.column, list(cell.rows["round"])) for cell in large.experiments[0].cells]
     assert cells == [(89.99, [1, 2]), (99.0, [3])]
-    assert "width 0.25 (paper: 1.0)" in "\n".join(remarks(small))
-    assert "width" not in "\n".join(remarks(large))
+    assert all(text in "\n".join(remarks(small)) for text in ("width 0.25 (paper: 1.0)", "decay kernels only"))
+    assert not any(text in "\n".join(remarks(large)) for text in ("width", "decay kernels only"))
 
 
 def test_transferred_tickets_are_named_by_their_origin_and_not_pooled(tmp_path):

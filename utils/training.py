@@ -60,12 +60,12 @@ def place(model: nn.Module, args) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, args, undecayed: Iterable[nn.Parameter] = ()) -> torch.optim.Optimizer:
-    """A fresh optimizer without momentum, the weight decay on all parameters (section 4.1) but ``undecayed``, and with
-    ``args.decay_kernels_only`` but biases and batch norm."""
+    """A fresh optimizer, which remembers nothing. Weight decay acts on all parameters (section 4.1) except
+    ``undecayed``; with ``args.decay_kernels_only`` only on what can be pruned, so not on biases and batch norm."""
     rate, decay = args.learning_rate, args.weight_decay
     free = {id(parameter) for parameter in undecayed}
     if args.decay_kernels_only:
-        free |= {id(parameter) for parameter in model.parameters() if parameter.dim() == 1}
+        free |= {id(parameter) for parameter in model.parameters() if parameter.dim() < 2}
     groups = [{"params": [p for p in model.parameters() if id(p) not in free]}]
     groups += [{"params": [p for p in model.parameters() if id(p) in free], "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
@@ -167,7 +167,7 @@ class Trainer:
             epoch: absolute epoch, from 0.
             timesteps: T of every forward pass.
             level: prunings done; order and augmentation of the images depend on seed, round, level and epoch alone.
-            lr_epoch: the epoch whose learning rate is used, if it is another one.
+            lr_epoch: take the learning rate of this epoch instead.
             after_step: called after every step with its number, counted from epoch 0 of the schedule, and a CPU
                 generator of the epoch; ``.grad`` still holds the step's dense gradient.
 
