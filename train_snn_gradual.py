@@ -32,6 +32,7 @@ def gradual_flags(parser):
     parser.check(lambda flags: parser.require_below(flags, "prune_until", "end_iter"))
     parser.check(lambda flags: parser.require_below(flags, "dense_epochs", "prune_until"))
     early_time_flags(parser, switch=True)
+    parser.check(lambda flags: flags.early_time and parser.require_below(flags, "early_time_epoch", "prune_until"))
 
 
 @script

@@ -31,6 +31,14 @@ def cycle_flags(parser):
     evaluation_flags(parser)
     early_time_flags(parser, switch=True)
 
+    def leave_some_for_early_time(flags):
+        epochs = flags.rewinding_epoch + flags.cycle_epochs * len(prunings_of(flags))
+        if flags.early_time and flags.early_time_epoch >= epochs:
+            text = f"must be less than the {epochs:g} epochs of the search, got {flags.early_time_epoch}"
+            parser.error(f"argument --early_time_epoch: {text}")
+
+    parser.check(leave_some_for_early_time)
+
 
 def one_training(flags):
     return (flags.end_iter - flags.rewinding_epoch) / max(1, len(prunings_of(flags)))

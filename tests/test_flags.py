@@ -98,8 +98,8 @@ def refused(refused, tmp_path, monkeypatch):
         ("laterewindlth", "--rewinding_epoch 300", "--end_iter 300"),
         ("laterewindlth", "--rewinding_epoch 4 --end_iter 4", "--end_iter 4"),
         ("earlyT_earlybird", "--early_time_epoch 4 --end_iter 4", "--end_iter 4"),
-        ("earlyT_earlybird", "--timestep 2", "3 2"),
-        ("earlyT_laterewindlth", "--timestep 2", "3 2"),
+        ("earlyT_earlybird", "--timestep 3", "4 3"),
+        ("earlyT_laterewindlth", "--timestep 3", "4 3"),
         ("laterewindlth", "--sparsity_round 15", "0 14 15"),
         ("earlybird", "--sparsity_round 3 --prune_iterations 3", "0 2 3"),
         ("laterewindlth", "--sparsity 90 --sparsity_round 3", "--sparsity_round"),
@@ -132,11 +132,13 @@ def refused(refused, tmp_path, monkeypatch):
         ("gradual", "--early_time_epoch 3", "--early_time"),
         ("gradual", "--divergence js", "--early_time"),
         ("gradual", "--early_time_epoch 4 --early_time --end_iter 4", "--end_iter 4"),
-        ("gradual", "--timestep 2 --early_time", "3 2"),
+        ("gradual", "--early_time_epoch 3 --early_time --prune_until 3 --end_iter 5", "--prune_until 3"),
+        ("gradual", "--timestep 3 --early_time", "4 3"),
         ("shortcycle", "--early_time_threshold 0.5", "--early_time"),
         ("shortcycle", "--early_time_samples=5", "--early_time"),
         ("shortcycle", "--rewinding_epoch 4 --end_iter 4", "--end_iter 4"),
         ("shortcycle", "--cycle_epochs 0", "0"),
+        ("shortcycle", "--early_time --early_time_epoch 27 --cycle_epochs 0.5", "27"),
         ("shortcycle", "--evaluate_levels 15", "0 14 15"),
         ("oneshot", "--pruning_scope local --ticket erk", "--ticket erk"),
         ("oneshot", "--pruning_scope local --ticket random", "--ticket random"),
@@ -244,22 +246,25 @@ def test_what_early_time_needs_is_not_asked_for_without_it(parsed, line):
     method, *flags = line.split()
     args = parsed(method, " ".join([*flags, "--timestep 2"]))
     assert args.early_time_epoch >= args.end_iter
-    early = parsed(method, f"--early_time --end_iter 5 {' '.join(flags[2:])}")
+    early = parsed(method, f"--early_time --end_iter 5 {flags[2]} 3")
     assert early.method == f"earlyT_{method}"
     assert early.label.endswith(" + ET")
 
 
 @pytest.mark.parametrize(
-    ("line", "method", "label"),
+    ("script", "line", "method", "label"),
     [
-        ("", "oneshot-random", "random"),
-        ("--ticket erk --control shuffle", "oneshot-erk-shuffle", "ERK shuffle"),
-        ("--ticket snip --control reinit", "oneshot-snip-reinit", "SNIP reinit"),
-        ("--ticket magnitude --control shuffle", "oneshot-magnitude-shuffle", "magnitude shuffle"),
+        ("oneshot", "", "oneshot-random", "random"),
+        ("oneshot", "--ticket erk --control shuffle", "oneshot-erk-shuffle", "ERK shuffle"),
+        ("oneshot", "--ticket snip --control reinit", "oneshot-snip-reinit", "SNIP reinit"),
+        ("oneshot", "--ticket magnitude --control shuffle", "oneshot-magnitude-shuffle", "magnitude shuffle"),
+        ("rigl", "", "rigl", "RigL"),
+        ("rigl", "--grow random", "rigl-random", "SET"),
+        ("deeprewiring", "--from_dense", "deeprewiring-dense", "Deep R from dense"),
     ],
 )
-def test_a_one_shot_run_is_named_after_its_ticket_and_control(parsed, line, method, label):
-    args = parsed("oneshot", line)
+def test_a_run_is_named_after_what_it_does(parsed, script, line, method, label):
+    args = parsed(script, line)
     assert (args.method, args.exp_name, args.label) == (method, method, label)
 
 
