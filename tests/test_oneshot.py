@@ -187,12 +187,12 @@ def test_tickets_that_cannot_be_used_are_refused_by_name(finished, tmp_path, ref
     assert not list(tmp_path.rglob("args.json"))
 
 
-def test_ticket_with_no_epoch_left_is_refused(finished, tmp_path, refused):
-    """A ticket of epoch 2 where the training has two, and a trained network, which has no epoch left at all."""
-    imp = finished("laterewindlth")
-    for path, epochs in ((imp.folder / LEVEL, "2"), (imp.folder / "networks" / "level_02.safetensors", "4")):
-        line = refused("--ticket", path, "--end_iter", epochs)
-        assert "--end_iter" in line or str(path) in line
+def test_ticket_with_no_epoch_left_and_trained_network_are_refused(finished, refused):
+    folder = finished("laterewindlth").folder
+    line = refused("--ticket", folder / LEVEL, "--end_iter", "2")
+    assert all(text in line for text in ("--end_iter", str(folder / LEVEL)))
+    for epochs in ("4", "5"):
+        assert "tickets/" in refused("--ticket", folder / "networks" / "level_02.safetensors", "--end_iter", epochs)
 
 
 def test_another_ticket_in_the_place_of_the_first_is_refused(finished, run, tmp_path, capsys):

@@ -135,7 +135,7 @@ def read_metadata(path: Path) -> dict:
             raise ValueError("it does not hold the tensors that it lists")
         return metadata
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
-        raise DamagedError(f"{path} is damaged or not a file of this project ({error})") from error
+        raise DamagedError(f"{path} is damaged or not a file of this project") from error
 
 
 def hold(path: Path, complaint: str) -> FileLock:
