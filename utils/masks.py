@@ -7,7 +7,6 @@ pruned. All functions work on the device their tensors are on.
 
 import copy
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,20 +69,13 @@ def _all_but_lowest(scores: Tensor, alive: Tensor, count: int) -> Tensor:
         raise ValueError("a weight's score is not a number")
     if count == 0:
         return alive.clone()
-    threshold = _kth_smallest(scores, count)
+    threshold = scores.kthvalue(count).values
     keep = alive & (scores > threshold)
     spared = int(alive.count_nonzero() - keep.count_nonzero()) - count
     if spared:
         equals = (alive & (scores == threshold)).nonzero().flatten()
         keep[equals[-spared:]] = True
     return keep
-
-
-def _kth_smallest(values: Tensor, k: int) -> float | Tensor:
-    """The k-th smallest of values [n]. On a CPU numpy's selection takes a third of the time of torch's."""
-    if values.device.type == "cpu":
-        return float(np.partition(values.numpy(), k - 1)[k - 1])
-    return values.kthvalue(k).values
 
 
 def sparsity_after(prunings: int, fraction: float) -> float:
