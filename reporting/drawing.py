@@ -173,7 +173,7 @@ def _line(axis, label: str, points: pd.DataFrame, style: tuple, aside: float, ba
     colour, marker, dash = style
     x, mean, bar = points.index, points["mean"], points["std"].fillna(0)
     look = {"color": colour, "marker": marker, "mfc": colour if dash == "-" else "white", "clip_on": False}
-    every = (0.02 * abs(aside), 0.2) if bands else None  # of the axes' diagonal
+    every = (0.02 * abs(aside), 0.2) if bands and len(x) > 10 else None  # of the axes' diagonal; all of a few
     drawn = axis.plot(x, mean, label=label, linestyle=dash, markevery=every, **look)
     if bands:
         axis.fill_between(x, mean - bar, mean + bar, color=colour, alpha=0.18, linewidth=0)
