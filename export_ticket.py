@@ -103,7 +103,7 @@ def savings(graph: list[Node], smaller: list[Node], whole_bytes: int, bytes_left
             ("bytes", whole_bytes, bytes_left),
         )
     ) + (
-        f"\n  dense inference: x {statistics.median(gains):.2f} faster ({min(gains):.2f} to {max(gains):.2f}, n = "
+        f"\n  dense inference: x {statistics.median(gains):.2f} the speed ({min(gains):.2f} to {max(gains):.2f}, n = "
         f"{len(gains)}; {BATCH} images, T = {timesteps}, {torch.get_num_threads()} threads)"
     )
 

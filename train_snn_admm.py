@@ -25,8 +25,8 @@ def admm_flags(parser):
 
     def check(flags):
         if flags.admm_epochs > flags.end_iter:
-            most = f"{flags.end_iter}, --end_iter"
-            parser.error(f"argument --admm_epochs: must be at most {most}; got {flags.admm_epochs}")
+            text = f"must be at most --end_iter, {flags.end_iter}; got {flags.admm_epochs}"
+            parser.error(f"argument --admm_epochs: {text}")
 
     parser.check(check)
 

@@ -39,7 +39,7 @@ def main(argv=None):
     run, data, model = start(args, goal.sparsity)
     trainer = Trainer(model, data, args)
 
-    # the start: random connections of the initial network; everywhere, or in each layer, as many stay active
+    # the start: random connections of the initial network; their number is fixed, in all or in each layer
     signs, dense = signs_of(model), dense_mask(model)
     sparse = drop_lowest(random_scores(model, generator(args, "random")), dense, goal.sparsity, args.pruning_scope)
     groups = [tuple(sparse)] if args.pruning_scope == "global" else [(name,) for name in sparse]

@@ -23,7 +23,7 @@ def main(argv=None):
     args = get_args(__file__, "IMP + ET", __doc__, argv, imp_flags, evaluation_flags, early_time_flags)
     run, data, model = start(args)
     trainer = Trainer(model, data, args)
-    unpruned = level_name(0) if args.rewind == "weights" else None  # the ticket with the same weights, pruned ones too
+    unpruned = level_name(0) if args.rewind == "weights" else None  # the ticket that holds the same weights unpruned
     origin = {"epoch": args.rewinding_epoch, "rewind": args.rewind, "dense": unpruned}
 
     # the dense network: T_early after --early_time_epoch epochs, the rewind point after --rewinding_epoch

@@ -19,7 +19,7 @@ def main(argv=None):
     args = get_args(__file__, "IMP", __doc__, argv, imp_flags)
     run, data, model = start(args)
     trainer = Trainer(model, data, args)
-    unpruned = level_name(0) if args.rewind == "weights" else None  # the ticket with the same weights, pruned ones too
+    unpruned = level_name(0) if args.rewind == "weights" else None  # the ticket that holds the same weights unpruned
     origin = {"epoch": args.rewinding_epoch, "rewind": args.rewind, "dense": unpruned}
 
     # the rewind point: the dense network after exactly --rewinding_epoch epochs

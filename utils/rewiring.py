@@ -139,8 +139,8 @@ def gradient_rewiring(
 
 
 def next_penalty(tried: dict[float, float], density: float) -> float:
-    """The penalty of Grad R to try next: between the two that the wanted density lies between, on a line of logarithms;
-    a quarter or four times of the last where it lies outside.
+    """The penalty of Grad R to try next: between the two that the wanted density lies between, interpolated in the
+    logarithms of penalty and density; a quarter of the smallest or four times the largest where it lies outside.
 
     Args:
         tried: penalty -> density that it led to, 0 to 1; at least one.

@@ -73,7 +73,7 @@ def erk_densities(shapes: dict[str, torch.Size], density: float) -> dict[str, fl
 
 def erk_scores(model: nn.Module, density: float, generator: torch.Generator) -> dict[str, Tensor]:
     """Random scores from a CPU generator such that global pruning to ``density`` (0 to 1) leaves each layer its ERK
-    density, see ``erk_densities``: ranks in a layer, moved so that what the layer is to lose is below 0."""
+    density, see ``erk_densities``: uniform ranks in a layer minus the share that it is to lose."""
     weights, scores = prunable(model), {}
     densities = erk_densities({name: weight.shape for name, weight in weights.items()}, density)
     for name, weight in weights.items():

@@ -33,7 +33,7 @@ class Stage:
 
     @property
     def rows(self) -> list[dict]:
-        """The log of this stage, also if it was passed by."""
+        """The log of this stage, also of one that ended before the run was resumed."""
         return [row for row in self.run.rows if (row["phase"], row["level"]) == (self.phase, self.level)]
 
     def epochs(self, epochs: range) -> Iterator[int]:
