@@ -52,6 +52,8 @@ def oneshot_flags(parser):
             if not Path(flags.ticket).is_file():
                 text = f"choose from {', '.join(LABELS)}, or name a ticket's file, which {flags.ticket!r} is not"
                 parser.error(f"argument --ticket: {text}")
+            if Path(flags.ticket).absolute().parent.name == "networks":
+                parser.error(f"argument --ticket: {flags.ticket} is a trained network: tickets lie in tickets/")
             flags.ticket_checksum = hashlib.sha256(Path(flags.ticket).read_bytes()).hexdigest()[:16]
 
     parser.check(name_the_run)
@@ -63,8 +65,6 @@ def main(argv=None):
     goal, first, lr_epoch = goal_of(args), 0, None
     if args.ticket not in LABELS:
         mask, _, args.ticket_origin = load_ticket(args.ticket)
-        if "dense" not in args.ticket_origin:
-            raise InputError(f"argument --ticket: {args.ticket} is a trained network: tickets lie in tickets/")
         first = args.ticket_origin["epoch"] if args.control != "reinit" else 0
         if first >= args.end_iter:
             raise InputError(

@@ -4,6 +4,7 @@
     python benchmarks/reproduce.py                          # everything at full size, into runs/full/
     python benchmarks/reproduce.py --scale small --jobs 2   # handwritten digits and a narrow network, into runs/small/
     python benchmarks/reproduce.py --only "Table 1"         # a part
+    python benchmarks/reproduce.py --flags=--decay_kernels_only --output_dir runs/kernels   # all with one thing changed
     python benchmarks/reproduce.py --launcher ray           # as many at a time as a Ray cluster, or this machine, holds
 
 A run that was stopped resumes when its command is run again, so this script can be stopped and started too, and be
@@ -15,7 +16,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,6 +223,7 @@ def make_parser() -> Parser:
     flag = parser.section("which runs")
     flag("--scale", SCALES, "full", None, "size of the experiments")
     flag("--only", str, "", "TEXT", "only what is behind this (Fig. 9), or has it in its command", shown="all")
+    flag("--flags", str, "", "=TEXT", "more flags for every run; a run's own flags beat them", shown="none")
     flag("--dry_run", bool, False, None, "print the commands and what is done")
     flag("--data_dir", str, None, "DIR", "passed on to every run", shown="that of the scripts")
     flag("--output_dir", str, lambda flags: f"runs/{flags.scale}", "DIR", "folder of all runs", shown="runs/SCALE")
@@ -240,7 +242,12 @@ def make_parser() -> Parser:
         if gpus is not None and gpus > 1 and not gpus.is_integer():
             parser.error(f"argument --gpus_per_run: must be from 0 to 1 or a whole number, got {gpus:g}")
 
+    def own_folder(flags):
+        if flags.flags and "--output_dir" not in parser.given:
+            parser.error(f"argument --flags: needs --output_dir: {flags.output_dir} is for runs without them")
+
     parser.check(whole_above_1)
+    parser.check(own_folder)
     return parser
 
 
@@ -248,7 +255,9 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse(argv)
     output_dir = Path(args.output_dir)
-    everything = list(commands(SCALES[args.scale], output_dir, args.data_dir))
+    scale = SCALES[args.scale]
+    scale = replace(scale, flags=scale.flags | {"all": f"{scale.flags.get('all', '')} {args.flags}"})
+    everything = list(commands(scale, output_dir, args.data_dir))
     wanted = [c for c in everything if args.only in c.shows or args.only in shlex.join([c.script, *c.flags])]
     if not wanted:
         shown = dict.fromkeys(name for command in everything for name in command.shows)

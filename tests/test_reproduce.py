@@ -62,6 +62,16 @@ def test_scripts_accept_their_commands_and_write_where_the_list_looks(scale, sta
     assert len(places) == len(folders) == len(list(reproduce.commands(one_round, tmp_path)))
 
 
+def test_flags_for_all_runs_come_before_what_makes_a_run_itself(capsys, refused, tmp_path):
+    call = ["--scale", "small", "--flags=--timestep 4 --decay_kernels_only", "--dry_run", "--only", "Fig. 10"]
+    assert "--output_dir" in refused(reproduce.main, *call)
+    reproduce.main([*call, "--output_dir", str(tmp_path)])
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
+    assert all("--decay_kernels_only" in words for words in printed)
+    last = [words[-words[::-1].index("--timestep")] for words in printed]
+    assert all((time == "1") == ("relu" in words) for time, words in zip(last, printed, strict=True))
+
+
 def test_a_scale_has_flags_for_one_experiment_and_for_those_that_its_name_begins():
     flags = {"set-4": "--drop_fraction 0.1", "admm": "--rho 0.5"}
     size = dataclasses.replace(reproduce.SCALES["cifar10"], flags=flags, rounds=1)
