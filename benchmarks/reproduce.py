@@ -223,7 +223,7 @@ def make_parser() -> Parser:
     flag = parser.section("which runs")
     flag("--scale", SCALES, "full", None, "size of the experiments")
     flag("--only", str, "", "TEXT", "only what is behind this (Fig. 9), or has it in its command", shown="all")
-    flag("--flags", str, "", "=TEXT", "more flags for every run; a run's own flags beat them", shown="none")
+    flag("--flags", shlex.split, "", "=TEXT", "more flags for every run; a run's own flags beat them", shown="none")
     flag("--dry_run", bool, False, None, "print the commands and what is done")
     flag("--data_dir", str, None, "DIR", "passed on to every run", shown="that of the scripts")
     flag("--output_dir", str, lambda flags: f"runs/{flags.scale}", "DIR", "folder of all runs", shown="runs/SCALE")
@@ -256,7 +256,7 @@ def main(argv=None):
     args = parser.parse(argv)
     output_dir = Path(args.output_dir)
     scale = SCALES[args.scale]
-    scale = replace(scale, flags=scale.flags | {"all": f"{scale.flags.get('all', '')} {args.flags}"})
+    scale = replace(scale, flags=scale.flags | {"all": f"{scale.flags.get('all', '')} {shlex.join(args.flags)}"})
     everything = list(commands(scale, output_dir, args.data_dir))
     wanted = [c for c in everything if args.only in c.shows or args.only in shlex.join([c.script, *c.flags])]
     if not wanted:

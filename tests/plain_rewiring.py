@@ -66,8 +66,8 @@ def deep_r(args, data, probe=None):
     state, mask = plain.state(), dict(plain.dense)
     signs = {n: torch.where(state[n] < 0, -1.0, 1.0) for n in mask}
     wanted = {(n,): m.numel() - round(share * m.numel()) for n, m in mask.items()}
-    draws = generator(args, "random")
     if not args.from_dense:
+        draws = generator(args, "random")
         mask = pruned_anywhere({n: torch.rand(m.shape, generator=draws) for n, m in mask.items()}, share)
         wanted = {tuple(mask): sum(int(m.sum()) for m in mask.values())}
     plain.restart(state, mask)

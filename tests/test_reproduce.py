@@ -65,6 +65,7 @@ def test_scripts_accept_their_commands_and_write_where_the_list_looks(scale, sta
 def test_flags_for_all_runs_come_before_what_makes_a_run_itself(capsys, refused, tmp_path):
     call = ["--scale", "small", "--flags=--timestep 4 --decay_kernels_only", "--dry_run", "--only", "Fig. 10"]
     assert "--output_dir" in refused(reproduce.main, *call)
+    assert "--flags" in refused(reproduce.main, "--flags=--seed '1", "--output_dir", tmp_path)
     reproduce.main([*call, "--output_dir", str(tmp_path)])
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
     assert all("--decay_kernels_only" in words for words in printed)

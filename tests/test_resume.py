@@ -55,15 +55,15 @@ def exit_code(method, flags):
     return 0
 
 
-# where a line is one of test_methods.py or test_rewiring.py, the run that nobody stops is made once for both
+# where a line is one of test_methods.py, the run that nobody stops is made once for both
 RUNS = [
     ("earlyT_laterewindlth", "--optimizer adam"),
     ("earlyT_earlybird", "--eb_window 2 --eb_tolerance 0.5"),
     ("laterewindlth", "--rewind lr --prune_iterations 2"),
     ("oneshot", "--ticket magnitude --search_timestep 2 --control shuffle"),
     ("oneshot", "--ticket snip --snip_samples 10"),
-    ("rigl", "--sparsity 80 --update_every 3 --end_iter 5"),
-    ("rigl", "--sparsity 80 --update_every 3 --end_iter 5 --grow random"),
+    ("rigl", "--sparsity 80 --update_every 2 --update_until 0.7 --drop_fraction 0.5"),
+    ("rigl", "--grow random --update_every 1 --end_iter 3 --distribution global"),
     ("deeprewiring", "--l1 0.1 --noise 0.1 --sparsity 80"),
     pytest.param("deeprewiring", "--from_dense --l1 0.1 --valid_samples 20", marks=pytest.mark.slow),
     ("gradrewiring", "--trials 2 --trial_epochs 2 --sparsity 80 --end_iter 3"),
