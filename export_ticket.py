@@ -7,6 +7,7 @@ are those to start training from). Batch norm is folded into the layers, pruned 
 that change no logit are taken out, and what that saves is printed. docs/hardware.md says what is in the files.
 """
 
+import os
 import statistics
 import time
 from importlib.util import find_spec
@@ -49,8 +50,8 @@ def main(argv=None):
     missing = [name for name in PACKAGES[args.format] if find_spec(name) is None]
     if missing:
         raise InputError(f"--format {args.format} needs what is not installed: pip install {' '.join(missing)}")
-    if not args.out.parent.is_dir():
-        raise InputError(f"argument --out: there is no folder {args.out.parent}")
+    if not os.access(args.out.parent, os.W_OK):
+        raise InputError(f"argument --out: no folder that can be written to: {args.out.parent}")
     model, _, origin = load_ticket_network(network_file(args.source))
     if min(args.image_size) < 32:
         raise InputError("argument --image_size: the networks need at least 32 32")

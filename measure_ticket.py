@@ -7,6 +7,7 @@ It takes the trained network of a finished run, or any file of a run's folders n
 test images. docs/hardware.md says what the numbers mean and what they leave out.
 """
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def make_parser() -> Parser:
 @script
 def main(argv=None):
     args = make_parser().parse(argv)
-    if args.json is not None and not args.json.parent.is_dir():
-        raise InputError(f"argument --json: there is no folder {args.json.parent}")
+    if args.json is not None and not os.access(args.json.parent, os.W_OK):
+        raise InputError(f"argument --json: no folder that can be written to: {args.json.parent}")
     path = network_file(args.source)
     model, mask, origin = load_ticket_network(path)
     check_countable(model)

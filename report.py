@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="folder of runs (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (default: report)")
     parser.add_argument("--status", action="store_true", help="print how far each run is, and write nothing")
+    parser.error = lambda message: parser.exit(2, f"report.py: error: {message}\n")  # one line, without the usage
     args = parser.parse_args(argv)
     try:
         if args.status:

@@ -91,3 +91,11 @@ def test_it_does_without_torch(tmp_path):
 def test_no_run_is_one_line(tmp_path, capsys, exists):
     main([str(tmp_path if exists else tmp_path / "no"), "--status"])
     assert str(tmp_path) in capsys.readouterr().out.strip("\n")
+
+
+def test_a_wrong_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--statos"])
+    lines = capsys.readouterr().err.splitlines()
+    assert (stop.value.code, len(lines)) == (2, 1)
+    assert "--statos" in lines[0]

@@ -158,6 +158,13 @@ def test_a_file_that_lacks_what_a_ticket_holds_is_named(path, change):
         load_ticket_network(path)
 
 
+def test_a_file_that_cannot_be_written_is_named_not_the_one_beside_it(tmp_path):
+    path = tmp_path / "no folder" / "ticket.safetensors"
+    with pytest.raises(FileNotFoundError) as error:
+        write_tensors(path, {}, {})
+    assert error.value.filename == str(path)
+
+
 def test_no_byte_of_a_header_can_make_another_error_than_damage(path, model):
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")

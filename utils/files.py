@@ -42,10 +42,8 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is None:  # a full disk does not say which
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+    except OSError as error:  # a full disk names no file, others the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
