@@ -19,7 +19,7 @@ from utils.training import Trainer, generator, learning_rate, make_optimizer
 def deep_r_flags(parser):
     flag = parser.section("Deep R")
     flag("--l1", not_negative, 1e-5, "L1", "penalty on the size of each active weight, per unit of learning rate")
-    flag("--noise", not_negative, 1e-5, "SIGMA", "deviation of the noise of a step, per unit of learning rate")
+    flag("--noise", not_negative, 1e-5, "SIGMA", "standard deviation of a step's noise, per unit of learning rate")
     flag("--from_dense", bool, False, None, "start dense and prune each layer to the sparsity at most, without noise")
 
     def name_the_run(flags):

@@ -34,9 +34,9 @@ def build_model(
         neuron: ``lif``, or ``relu`` for the ANN of the same shape, which the paper transfers tickets from (4.3).
         width: factor on the number of channels of every hidden layer.
         batch_norm: where training statistics come from, see ``models.layers.BatchNorm``.
-        tau: the spiking neurons' constants, see ``models.lif.LIF``, as are ``v_threshold`` and ``surrogate_alpha``.
-        v_threshold: membrane potential that fires.
-        surrogate_alpha: steepness of the surrogate gradient.
+        tau: membrane time constant in timesteps, at least 1.
+        v_threshold: firing threshold, more than 0.
+        surrogate_alpha: slope of the ATan surrogate gradient, more than 0.
 
     Returns:
         A module that maps images [B, channels, H, W] (H and W at least 32) and a number of timesteps T

@@ -1,4 +1,4 @@
-"""Spiking ResNets: ResNet19, that of Zheng et al. (AAAI 2021) in the paper's proportions, and ResNet34."""
+"""Spiking ResNets: ResNet19 (Zheng et al., AAAI 2021) with the stages of the paper's official code, and ResNet34."""
 
 from collections.abc import Callable
 from functools import partial

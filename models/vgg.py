@@ -1,4 +1,4 @@
-"""VGG16 for small images: 13 convolutions, 5 max-pools, one linear layer."""
+"""VGG16 (Simonyan & Zisserman, ICLR 2015) for small images: 13 convolutions, 5 max-pools, one linear layer."""
 
 from collections.abc import Callable
 

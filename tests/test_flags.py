@@ -104,6 +104,7 @@ def refused(refused, tmp_path, monkeypatch):
         ("earlybird", "--sparsity_round 3 --prune_iterations 3", "0 2 3"),
         ("laterewindlth", "--sparsity 90 --sparsity_round 3", "--sparsity_round"),
         ("earlybird", "--sparsity 90 --sparsity_round 3", "--sparsity_round"),
+        ("earlybird", "--prune_percent 50 --sparsity 90", "--sparsity"),
         ("earlyT_laterewindlth", "--evaluate_levels 1 15", "0 14 15"),
         ("earlyT_laterewindlth", "--evaluate_levels 4 --sparsity 50", "0 3 4"),
         ("laterewindlth", "--momentum 0.5 --optimizer adam", "--optimizer sgd"),

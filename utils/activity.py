@@ -1,9 +1,10 @@
 """What a ticket costs to run: its spikes and the operations they cause, layer by layer.
 
-An operation is one surviving connection that one input passes which is not 0: pruned connections, silent neurons and
-zero padding cost nothing. It is an accumulation (a synaptic operation) in a layer whose inputs are spikes, and a
-multiply-accumulate (MAC) in a layer whose inputs are real numbers: the first convolution, which sees the image once
-however many timesteps follow, and a linear layer behind an average pool, which sees averaged spikes at every timestep.
+Each input that is not 0 costs one operation at every unpruned connection that it reaches: pruned connections, silent
+neurons and zero padding cost nothing. It is an accumulation (a synaptic operation) in a layer whose inputs are spikes,
+and a multiply-accumulate (MAC) in a layer whose inputs are real numbers: the first convolution, which sees the image
+once however many timesteps follow, and a linear layer behind an average pool, which sees averaged spikes at every
+timestep.
 
 spikingjelly's ``SynOpCounter`` agrees for a dense network; it counts pruned connections too, and in inference mode
 nothing at all.

@@ -173,7 +173,7 @@ def shared_flags(parser: Parser) -> None:
     flag("--width", between(0, 100, open_low=True), 1.0, "FACTOR", "factor on the channels of every hidden layer")
     flag("--neuron", NEURONS, "lif", None, "lif, or relu for the ANN of the same shape (which needs only --timestep 1)")
     flag("--tau", between(1), 4 / 3, "TAU", "lif: membrane time constant in timesteps", shown="4/3")
-    flag("--v_threshold", positive, 1.0, "V", "lif: membrane potential that fires")
+    flag("--v_threshold", positive, 1.0, "V", "lif: firing threshold of the membrane potential")
     flag("--surrogate_alpha", positive, 2.0, "ALPHA", "lif: slope of the ATan surrogate gradient")
     flag("--timestep", count, 5, "T", "timesteps an image is shown for")
     flag("--batch_norm", BATCH_NORMS, "per_timestep", None, "where batch norm takes its training statistics from")
@@ -181,7 +181,8 @@ def shared_flags(parser: Parser) -> None:
     flag = parser.section("training")
     epochs = ", ".join(f"{name} {spec.epochs}" for name, spec in DATASETS.items())
     flag("--optimizer", ("sgd", "adam"), "sgd", None, "optimizer")
-    flag("--scheduler", ("cosine", "step"), "cosine", None, "cosine to 0, or a tenth after 1/2 and 3/4 of the epochs")
+    text = "of the learning rate: cosine to 0, or a tenth after 1/2 and 3/4 of the epochs"
+    flag("--scheduler", ("cosine", "step"), "cosine", None, text)
     flag("--batch_size", positive_int, 128, "N", "images per step, of all ranks together")
     flag("--learning_rate", positive, 0.3, "RATE", "learning rate of epoch 0")
     flag("--momentum", between(0, 1, open_high=True), 0.9, "M", "momentum of sgd")
@@ -189,12 +190,13 @@ def shared_flags(parser: Parser) -> None:
     flag("--decay_kernels_only", bool, False, None, "no L2 penalty on biases and batch norm; not of the paper")
     usual = partial(_usual_epochs, parser)
     flag("--end_iter", positive_int, usual, "EPOCHS", "epochs of a training", shown=epochs)
-    flag("--valid_freq", positive_int, 50, "EPOCHS", "test every so many epochs, and after the last")
+    text = "evaluate test and held-out images every so many epochs, and after the last"
+    flag("--valid_freq", positive_int, 50, "EPOCHS", text)
     parser.only_with("--momentum", "--optimizer", "sgd")
 
     flag = parser.section("run")
     flag("--seed", whole, 1234, "N", "fixes all that is random, together with --round")
-    flag("--round", positive_int, 1, "N", "repetition, for mean and deviation")
+    flag("--round", positive_int, 1, "N", "number of the repetition: it changes the random seed")
     flag("--device", str, "auto", "NAME", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     parser.check(partial(_choose_device, parser))
     text = "of the forward pass; fp32 is without TF32"
@@ -203,7 +205,7 @@ def shared_flags(parser: Parser) -> None:
     flag("--compile", bool, False, None, text)
     few = f"a strided 1x1 convolution has fewer than {machine.VECTOR} channels"
     text = f"channels innermost in memory; refused on a CPU if {few}"
-    flag("--channels_last", bool, None, None, text, shown="on, but there")
+    flag("--channels_last", bool, None, None, text, shown="on where possible")
     text = "launch a training step as one CUDA graph; for a single GPU"
     flag("--cuda_graph", bool, None, None, text, shown="on a single GPU")
     flag("--fused", bool, False, None, "Triton kernels for what lies between convolutions; untried on a GPU")

@@ -37,6 +37,8 @@ def sparsity_flags(parser: Parser, default_round: int | None = DEFAULT_ROUND) ->
     def check(flags):
         if flags.sparsity is not None and flags.sparsity_round is not None:
             parser.error("argument --sparsity: not with --sparsity_round")
+        if flags.sparsity is not None and default_round is not None and "--prune_percent" in parser.given:
+            parser.error("argument --prune_percent: is not used with --sparsity")
         if flags.sparsity is None and flags.sparsity_round >= flags.prune_iterations:
             most = flags.prune_iterations - 1
             parser.error(
@@ -57,7 +59,7 @@ def imp_flags(parser: Parser) -> None:
     sparsity_flags(parser, default_round=None)
     scope_flags(parser)
     flag = parser.section("rewinding")
-    text = "epochs of training that a rewound network keeps, 0 for its initial weights"
+    text = "epoch whose weights a pruned network goes back to, 0 for the initial ones"
     flag("--rewinding_epoch", whole, 20, "EPOCHS", text, below="end_iter")
     flag(
         "--rewind",
@@ -69,7 +71,7 @@ def imp_flags(parser: Parser) -> None:
 
 
 def evaluation_flags(parser: Parser) -> None:
-    """Which of the tickets that IMP + ET finds are trained at T."""
+    """Which tickets of a search are trained at T (IMP + ET, short cycles)."""
     flag = parser.section("evaluation")
     text = "levels, as numbers of prunings, whose tickets are trained at T"
     flag("--evaluate_levels", whole, lambda f: [len(prunings_of(f))], "R", text, nargs="+", shown="the last")

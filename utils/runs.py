@@ -163,7 +163,11 @@ class Run:
         return self.read_ticket(name)
 
     def read_ticket(self, name: str) -> tuple[Mask, dict[str, Tensor]]:
-        """A ticket that this run has written: its mask and weights."""
+        """A ticket that this run has written: its mask and weights.
+
+        Raises:
+            DamagedError: the file is damaged.
+        """
         return load_ticket(self.ticket_path(name), self.args.device)[:2]
 
     def ticket_path(self, name: str) -> Path:
@@ -194,6 +198,9 @@ class Run:
             train: the stage that trained it; accuracy is that of its last epoch.
             until: epochs of the search, in fractions too, after which the ticket was found; the rest does not count.
             more: further fields of the row.
+
+        Raises:
+            InputError: what was written before is gone and can no longer be made; the message names the file.
         """
         path = self.folder / "networks" / f"{name}.safetensors"
         if any(row["ticket"] == name for row in self.results):

@@ -14,7 +14,7 @@ BATCH = 100  # images; the gradient is summed over batches, so that memory does 
 
 
 def magnitude_scores(model: nn.Module) -> dict[str, Tensor]:
-    """|w| of every prunable weight (section 3.1)."""
+    """|w| of every prunable weight, of its shape (section 3.1)."""
     return {name: weight.detach().abs() for name, weight in prunable(model).items()}
 
 
