@@ -256,26 +256,9 @@ def test_compiled_layers_are_counted_too():
     assert measure(model, mask, split, 2) == eager
 
 
-class Leaky(LIF):
-    """A neuron with a parameter of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.decay = nn.Parameter(torch.tensor(0.5))
-
-
 class IF(nn.Module):
     def forward(self, current):
         return (current.cumsum(0) >= 1).to(current)
-
-
-@pytest.mark.parametrize("arch", ["vgg16", "resnet19", "resnet34", "alexnet"])
-def test_networks_of_known_layers_are_countable(arch):
-    for neuron in ("lif", "relu"):
-        model = build_model(arch, 3, 10, neuron, width=0.0625)
-        check_countable(model)
-    model.neuron = Leaky()
-    check_countable(model)
 
 
 @pytest.mark.parametrize(

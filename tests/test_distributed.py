@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import FLAGS, ROOT, Finished, script
 from on_two_ranks import CHECKS
 
@@ -46,15 +45,6 @@ def on_two(root, *more):
 def folder_of(root):
     (path,) = root.rglob("args.json")
     return path.parent
-
-
-def test_a_single_process_has_everything():
-    assert (distributed.ranks(), distributed.rank(), distributed.part_of(7)) == (1, 0, slice(0, 7))
-    model, value = torch.nn.Linear(1, 1), torch.ones(1)
-    assert distributed.parallel(model) is model
-    assert distributed.sums(value)[0] is value
-    assert distributed.weighted(value, 1, 3) is value
-    assert distributed.largest(2.5) == 2.5
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -12,7 +12,7 @@ from test_export import sparse_network  # noqa: E402
 
 from models.lif import LIF  # noqa: E402
 from utils.export import network_graph  # noqa: E402
-from utils.nir_export import DT, nir_bytes  # noqa: E402
+from utils.nir_export import nir_bytes  # noqa: E402
 
 
 def outputs(model, images, timesteps, folder):
@@ -58,19 +58,3 @@ def test_a_membrane_that_is_exactly_at_the_threshold_fires(dtype, v_threshold, t
     assert np.array_equal(found, recorded(model, images, 2, LIF)["stem_fire.neuron"][1].numpy())
     assert found[:, :, 0].all()
     assert not found[:, :, 1].any()
-
-
-def test_the_files_constants_are_the_tickets(tmp_path):
-    model, mask, _ = sparse_network("resnet19", tau=1.5, v_threshold=0.8)
-    (tmp_path / "network.nir").write_bytes(nir_bytes(network_graph(model, (3, 32, 32))))
-    graph = nir.read(tmp_path / "network.nir")
-    neurons = [node for node in graph.nodes.values() if isinstance(node, nir.LIF)]
-    assert len(neurons) == sum(isinstance(module, LIF) for module in model.modules())
-    for node in neurons:
-        np.testing.assert_allclose(node.tau, 1.5 * DT, rtol=1e-15)
-        np.testing.assert_allclose(node.v_threshold, 0.8, rtol=1e-15)
-        assert (node.r == 1).all()
-        assert not node.v_leak.any()
-        assert not node.v_reset.any()
-    for name, m in mask.items():
-        assert np.array_equal(graph.nodes[name.removesuffix(".weight")].weight != 0, m), name

@@ -7,9 +7,9 @@ import torch
 from conftest import FLAGS, Started, script
 
 from utils import experiment, flags
-from utils.goal import goal_of, prunings_of
+from utils.goal import prunings_of
 from utils.machine import has_bf16_units
-from utils.masks import dense_mask, sparsity, sparsity_after
+from utils.masks import dense_mask, sparsity
 from utils.scores import prune_by_magnitude
 
 METHODS = tuple(FLAGS)
@@ -269,15 +269,6 @@ def test_a_run_is_named_after_what_it_does(parsed, script, line, method, label):
     assert (args.method, args.exp_name, args.label) == (method, method, label)
 
 
-def test_the_goal_is_a_level_or_a_sparsity(parsed):
-    goal = goal_of(parsed("earlybird", "--sparsity_round 8"))
-    assert (goal.name, goal.level) == ("level_08", 8)
-    assert goal.sparsity == pytest.approx(1 - 0.75**8)
-    assert goal_of(parsed("earlybird", "--sparsity_round 0")).sparsity == 0
-    goal = goal_of(parsed("oneshot", "--sparsity 97.5"))
-    assert (goal.name, goal.level, goal.sparsity) == ("sparsity_97.5", None, 0.975)
-
-
 @pytest.mark.parametrize("wanted", [10, 25, 43.74, 43.75, 43.76, 68.359375, 90, 98.13, 99.9])
 def test_imp_ends_at_the_wanted_sparsity(wanted):
     """Below, at and above a level; every pruning is rounded to a whole weight."""
@@ -291,13 +282,6 @@ def test_imp_ends_at_the_wanted_sparsity(wanted):
     assert prunings[:-1] == [0.25] * (len(prunings) - 1)
     assert 0 < prunings[-1] <= 0.25
     assert len(prunings) == math.ceil(math.log(1 - wanted / 100) / math.log(0.75) - 1e-9)
-
-
-def test_imp_prunes_as_often_as_it_is_told_to():
-    args = SimpleNamespace(sparsity=None, prune_percent=20.0, sparsity_round=3)
-    assert prunings_of(args) == [0.2] * 3
-    assert sparsity_after(3, 0.2) == pytest.approx(1 - 0.8**3)
-    assert prunings_of(SimpleNamespace(**{**vars(args), "sparsity_round": 0})) == []
 
 
 @pytest.mark.parametrize("method", METHODS)

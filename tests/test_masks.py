@@ -1,11 +1,9 @@
 import pytest
 import torch
 from conftest import same
-from torch import nn
 
 from models import build_model
 from utils.masks import (
-    dense_mask,
     distance,
     drop_lowest,
     emptied_layers,
@@ -15,7 +13,6 @@ from utils.masks import (
     shuffle_layers,
     sparsity,
     sparsity_after,
-    state_after_pruning,
 )
 from utils.scores import magnitude_mask
 
@@ -140,28 +137,6 @@ def test_shuffling_keeps_the_count_of_each_layer_and_depends_on_its_generator_al
     both = {name: mask[name] & other[name] for name in mask}
     permuted = (shuffled(m, 1) for m in (mask, other, both))
     assert all(torch.equal(m & o, b) for m, o, b in zip(*(m.values() for m in permuted), strict=True)), "a permutation"
-
-
-def test_only_kernels_are_pruned():
-    model = build_model("vgg16", 3, 10, width=0.0625)
-    kernels = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    assert list(dense_mask(model)) == kernels
-    assert len(kernels) == 14
-
-
-def test_state_after_pruning_is_the_rewind_point_or_a_copy_of_the_trained_network():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
-    point = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.train()(torch.randn(4, 1, 5, 5))
-    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert same(state_after_pruning(model, point), point)
-    states = [state_after_pruning(model, point, kind) for kind in ("lr", "none")]
-    model.train()(torch.randn(4, 1, 5, 5))
-    model[0].weight.data.add_(1)
-    assert all(same(state, trained) for state in states)
-    assert not same(point, trained)
-    with pytest.raises(ValueError, match="weights, lr, none"):
-        state_after_pruning(model, point, "rate")
 
 
 def test_rewinding_restores_weights_biases_and_batch_norm_from_what_training_does_not_change():

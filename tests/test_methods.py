@@ -48,11 +48,8 @@ CASES = [
     ("admm", "--admm_epochs 2 --rho 0.1 --pruning_scope local --end_iter 2"),
     ("shortcycle", "--cycle_epochs 1.5 --evaluate_levels 0 1 2"),
     pytest.param("shortcycle", "--cycle_epochs 0.5 --rewinding_epoch 0 --pruning_scope local", marks=pytest.mark.slow),
-    pytest.param(
-        "shortcycle",
-        "--rewinding_epoch 2 --early_time --early_time_epoch 1 --early_time_threshold 1.5",
-        marks=pytest.mark.slow,
-    ),
+    ("shortcycle", "--train_samples 8 --rewinding_epoch 1 --end_iter 3 --cycle_epochs 5 --evaluate_levels 0 1 2"),
+    ("shortcycle", "--rewinding_epoch 2 --early_time --early_time_epoch 1 --early_time_threshold 1.5"),
 ]
 
 
@@ -184,10 +181,6 @@ def test_results_of_imp(finished):
         )
     assert [row["sparsity"] for row in run.results] == pytest.approx([0, 25, 43.75], abs=0.01)
     assert [row["label"] for row in run.results] == ["IMP"] * 3
-    one, two = run.ticket("level_01"), run.ticket("level_02")
-    biases = [name for name, weight in one[1].items() if weight.dim() == 1]
-    assert all(torch.equal(one[1][name], two[1][name]) for name in biases)
-    assert any(not torch.equal(one[1][name], run.network("level_01")[1][name]) for name in biases)
 
 
 def test_results_of_imp_with_early_time(finished):

@@ -102,11 +102,6 @@ def test_a_variants_dense_network_is_named_wherever_it_is_used(tmp_path):
     assert (row["dense"], float(row["against_dense_mean"])) == ("IMP", -7)
 
 
-def test_batch_norm_over_time_is_not_the_papers(tmp_path):
-    write(tmp_path, "eb", "earlybird", 1, [result(8, 90.0)], batch_norm="over_time")
-    assert any("over_time" in line and "per_timestep" in line for line in remarks_of(tmp_path))
-
-
 # --- rounds ---
 
 

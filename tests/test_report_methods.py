@@ -11,7 +11,7 @@ from reporting.comparison import shared_columns, table_2
 from reporting.curves import learning_curves
 from reporting.drawing import styles_of
 from reporting.search_cost import XLABEL, accuracy_and_cost
-from reporting.settings import BASES, METHODS
+from reporting.settings import METHODS
 from reporting.tables import every_ticket, plain_experiments
 
 pytestmark = [pytest.mark.xdist_group("report"), pytest.mark.usefixtures("no_pictures")]
@@ -82,13 +82,6 @@ def points(axis):
 
 
 # --- names ---
-
-
-def test_every_method_has_a_look_of_its_own_and_early_time_a_base():
-    assert len(set(METHODS.values())) == len(METHODS) >= 20
-    filled_and_hollow = [(colour, marker) for colour, marker, _ in METHODS.values()]
-    assert len(set(filled_and_hollow)) >= len(METHODS) - 2  # gradual pruning's two networks share theirs
-    assert all(early == f"earlyT_{base}" for early, base in BASES.items())
 
 
 def test_a_row_is_reported_under_its_own_name_with_its_own_epochs(section):

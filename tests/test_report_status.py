@@ -9,7 +9,6 @@ from conftest import ROOT
 from test_report import epochs, result, write
 
 from report import main
-from reporting.status import status
 from utils.files import hold
 
 
@@ -65,16 +64,6 @@ def test_a_line_says_how_far_each_run_is_and_nothing_is_written(tmp_path, capsys
     for name in ("done", "running", "stopped"):  # aligned
         assert all(by_name[name][place - 1] == " " != by_name[name][place] for place in places)
     assert all("args.json" in by_name[name] for name in ("damaged", "gone"))
-
-
-def test_a_run_is_at_work_as_long_as_its_lock_is_held(tmp_path):
-    running = write_some(tmp_path)
-    for held in (True, False, True):
-        lock = hold(lock_of(running), "in use") if held else None
-        (line,) = [line for line in status(tmp_path).splitlines() if line.startswith("running/")]
-        assert line.split()[1] == ("running" if held else "stopped")
-        if lock:
-            lock.release()
 
 
 def test_it_does_without_torch(tmp_path):

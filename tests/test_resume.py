@@ -1,14 +1,11 @@
 """Scripts that are killed or stopped, and run again: they end as if nothing had happened, bit for bit."""
 
-import fcntl
 import os
 import random
-import re
 import shlex
 import signal
 import subprocess
 import sys
-import termios
 import time
 from unittest.mock import Mock
 
@@ -127,7 +124,7 @@ def send(patch, *sent):
     patch.setattr(training, "loss_over_time", step)
 
 
-@pytest.mark.parametrize("sent", [["SIGTERM"], ["SIGINT"], ["SIGHUP"], ["SIGINT", "SIGINT"]], ids="-".join)
+@pytest.mark.parametrize("sent", [["SIGTERM"], ["SIGINT"], ["SIGINT", "SIGINT"]], ids="-".join)
 def test_signal(finished, tmp_path, monkeypatch, capfd, sent):
     """Saved at the end of the epoch, however rare checkpoints are; a second Ctrl-C ends the run at once."""
     flags = [*command(tmp_path / "stopped", "earlybird"), "--checkpoint_minutes", "1000"]
@@ -146,13 +143,13 @@ def test_signal(finished, tmp_path, monkeypatch, capfd, sent):
 
 
 def test_ignored_signal_stays_ignored(tmp_path, monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        send(monkeypatch, signal.SIGHUP)
+        send(monkeypatch, signal.SIGINT)
         assert exit_code("oneshot", command(tmp_path, "oneshot")) == 0
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def start(method, flags, **options):
@@ -178,34 +175,6 @@ def test_signal_to_a_process(tmp_path, sent):
     assert 2 <= read_tensors(saved)[1]["metadata"]["epoch"] < 60
     script("oneshot")(flags)
     script("oneshot")([*command(tmp_path / "whole", "oneshot"), "--end_iter", "60"])
-    assert_same(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
-def test_closed_terminal_loses_no_epoch(tmp_path):
-    """A script in a terminal that is closed amid an epoch; its progress bar can print no more."""
-    more = "--train_samples 400 --batch_size 4 --end_iter 3 --checkpoint_minutes 1000".split()
-    flags = [*command(tmp_path / "stopped", "oneshot"), *more]
-    terminal, inside = os.openpty()
-    termios.tcsetwinsize(inside, (24, 120))
-
-    def take_terminal():
-        os.setsid()
-        fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
-
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
-    process = start("oneshot", flags, preexec_fn=take_terminal, text=False, **streams)
-    os.close(inside)
-    said = b""
-    while not re.search(rb"epoch 2/3 T=4:.*\b[1-9]\d\d?/400", said):
-        said += os.read(terminal, 1024)
-    os.close(terminal)
-    assert process.wait(120) == 128 + signal.SIGHUP
-    (saved,) = tmp_path.rglob("newest.safetensors")
-    assert read_tensors(saved)[1]["metadata"]["epoch"] == 2
-    script("oneshot")(flags)
-    script("oneshot")([*command(tmp_path / "whole", "oneshot"), *more])
     assert_same(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
 
 

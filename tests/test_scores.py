@@ -9,8 +9,8 @@ from models import build_model
 from utils import scores
 from utils.augment import Recipe
 from utils.datasets import Spec
-from utils.masks import dense_mask, distance, drop_lowest, prunable, sparsity_after
-from utils.scores import magnitude_mask, random_scores, snip_scores
+from utils.masks import prunable, sparsity_after
+from utils.scores import magnitude_mask, snip_scores
 
 
 @pytest.fixture
@@ -30,19 +30,6 @@ def test_one_shot_pruning_of_the_untrained_vgg16_empties_its_classifier():
     torch.manual_seed(0)
     mask = magnitude_mask(build_model("vgg16", 3, 10), sparsity_after(14, 0.25))
     assert [name for name, m in mask.items() if not m.any()] == ["classifier.weight"]
-
-
-def test_random_scores_depend_on_their_generator_and_not_on_the_weights(model):
-    def drawn(seed, global_seed):
-        torch.manual_seed(global_seed)
-        return random_scores(model, torch.Generator().manual_seed(seed))
-
-    first = drawn(1, 0)
-    model.classifier.weight.data.add_(1)
-    assert all(torch.equal(score, first[name]) for name, score in drawn(1, 9).items())
-    assert {name: score.shape for name, score in first.items()} == {n: w.shape for n, w in prunable(model).items()}
-    masks = [drop_lowest(drawn(seed, 0), dense_mask(model), 0.5) for seed in (1, 2)]
-    assert distance(*masks) == pytest.approx(0.5, abs=0.02)
 
 
 def test_snip_is_the_sensitivity_to_a_factor_on_each_connection(model, samples, monkeypatch):

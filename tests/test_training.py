@@ -16,7 +16,7 @@ from models.layers import NormAndFire
 from utils import training
 from utils.data import load_data
 from utils.flags import get_args
-from utils.masks import dense_mask, prunable, rewind
+from utils.masks import prunable, rewind
 from utils.scores import magnitude_mask
 from utils.training import DivergedError, Trainer, forward, generator, learning_rate, loss_over_time, make_optimizer
 
@@ -78,15 +78,6 @@ def test_learning_rates_are_torchs_schedulers(epochs, scheduler):
         assert learning_rate(args, epoch) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         theirs.step()
-
-
-def test_an_epoch_trains_at_its_own_rate_or_at_that_of_another_epoch(trainer):
-    ours = trainer()
-    optimizer = make_optimizer(ours.model, ours.args)
-    for epoch, lr_epoch in ((0, None), (2, None), (0, 3), (2, 0)):
-        (row,) = train(ours, None, [epoch], optimizer, lr_epoch=lr_epoch)
-        expected = learning_rate(ours.args, epoch if lr_epoch is None else lr_epoch)
-        assert row["lr"] == expected == optimizer.param_groups[0]["lr"]
 
 
 def test_the_loss_is_the_mean_over_the_timesteps_that_were_run():
@@ -184,44 +175,6 @@ def test_an_epoch_trains_also_a_network_that_was_left_in_eval_mode(trainer):
     before = state_of(mine.model)["stem_fire.norm.running_mean"]
     train(mine)
     assert not torch.equal(mine.model.state_dict()["stem_fire.norm.running_mean"], before)
-
-
-def test_no_mask_is_the_dense_mask(trainer):
-    dense, none = trainer(), trainer()
-    rows = train(dense, dense_mask(dense.model)) + train(none)
-    assert len({row["loss"] for row in rows}) == 1
-    expected = state_of(dense.model)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in none.model.state_dict().items())
-
-
-def test_a_method_sees_every_step_by_its_absolute_number_with_a_generator_of_the_epoch(trainer):
-    ours, steps, draws = trainer(), [], {}
-
-    def look(step, generator):
-        steps.append(step)
-        draws.setdefault((level, step // 5), []).extend(torch.rand(2, generator=generator).tolist())
-
-    for level in (0, 1):
-        train(ours, None, (1, 2), level=level, after_step=look)
-    assert steps == 2 * list(range(5, 15))
-    assert ours.steps == 5
-    for (level, epoch), own in draws.items():
-        assert own == torch.rand(10, generator=generator(ours.args, "after_step", level, epoch)).tolist()
-
-
-def test_the_optimizers_own_hook_acts_on_the_gradient_before_the_step(trainer):
-    ours = trainer("--weight_decay", "0")
-    before, optimizer = state_of(ours.model), make_optimizer(ours.model, ours.args)
-
-    def only_the_bias(*_):
-        for parameter in ours.model.parameters():
-            parameter.grad.zero_()
-        ours.model.classifier.bias.grad.fill_(1)
-
-    optimizer.register_step_pre_hook(only_the_bias)
-    train(ours, optimizer=optimizer)
-    moved = [name for name, p in ours.model.named_parameters() if not torch.equal(p, before[name])]
-    assert moved == ["classifier.bias"]
 
 
 # --- what is logged --------------------------------------------------------------------------------------------------

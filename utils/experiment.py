@@ -5,7 +5,6 @@ import hashlib
 import os
 import platform
 import signal
-import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from .training import DivergedError, effective_seed, place
 
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy", "safetensors")
 ROOT = Path(__file__).resolve().parent.parent
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+SIGNALS = ("SIGINT", "SIGTERM")
 
 
 def start(
@@ -130,15 +129,9 @@ def _stop_at_the_end_of_an_epoch(run: Run, number: int) -> None:
         if number == signal.SIGINT and run.stop is not None:
             raise KeyboardInterrupt
         run.stop = number
-        if number == signal.SIGHUP:  # the terminal is closed: a progress bar would end the epoch with an error
-            for stream in (1, 2):
-                if stat.S_ISCHR(os.fstat(stream).st_mode):
-                    with open(os.devnull, "w") as nowhere:
-                        os.dup2(nowhere.fileno(), stream)
-        else:
-            os.write(2, b"\nstopping at the end of this epoch; Ctrl-C stops at once\n")  # a print may be interrupted
+        os.write(2, b"\nstopping at the end of this epoch; Ctrl-C stops at once\n")  # a print may be interrupted
 
-    if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+    if signal.getsignal(number) != signal.SIG_IGN:  # as a shell leaves Ctrl-C for what runs in the background
         signal.signal(number, ask)
 
 
