@@ -63,13 +63,14 @@ def _sources(section: Section) -> list[str]:
     moved = [name for name, run in runs.items() if len({now.get("source") for now in run.circumstances}) > 1]
     lines = [f"The source changed while these ran: {', '.join(moved)}."] if moved else []
     scripts: dict[str, dict] = {}
+    mixed = []
     for e in section.experiments:
-        groups = _together((run.args["circumstances"].get("source"), run.folder) for run in e.runs)
-        if len(groups) > 1:
-            folders = "; ".join(map(", ".join, groups.values()))
-            lines.append(f"Rounds of {e.label} were made by different source: {folders}.")
+        sources = {str(run.args["circumstances"].get("source")) for run in e.runs}
+        mixed += [e.label] if len(sources) > 1 else []
         script = scripts.setdefault(e.args.get("script") or e.args["method"], {})
-        script.setdefault(tuple(sorted(map(str, groups))), []).append(e.label)
+        script.setdefault(tuple(sorted(sources)), []).append(e.label)
+    if mixed:
+        lines.append(f"Rounds were made by different source (commits are in args.json): {'; '.join(mixed)}.")
     return lines + [
         f"Experiments of {script} were made by different source: {'; '.join(map(', '.join, groups.values()))}."
         for script, groups in scripts.items()

@@ -193,7 +193,8 @@ def test_other_source_is_named_within_a_script_only(tmp_path):
     )
     about = [line for line in remarks_of(tmp_path) if "source" in line]
     assert len(about) == 1
-    assert all(name in about[0] for name in ("EB", "eb/cifar10-vgg16-round1", "eb/cifar10-vgg16-round2"))
+    assert "EB" in about[0]
+    assert "IMP" not in about[0]
     write(tmp_path, "local", "laterewindlth", 1, [row], source="i2", pruning_scope="local", **imp)
     write(tmp_path, "imp", "laterewindlth", 3, [row], source="i1", **imp, **later)
     about = [line for line in remarks_of(tmp_path) if "source" in line and "EB" not in line]

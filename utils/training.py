@@ -60,8 +60,9 @@ def place(model: nn.Module, args) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, args, undecayed: Iterable[nn.Parameter] = ()) -> torch.optim.Optimizer:
-    """A fresh optimizer, which remembers nothing. Weight decay acts on all parameters (section 4.1) except
-    ``undecayed``; with ``args.decay_kernels_only`` only on what can be pruned, so not on biases and batch norm."""
+    """A fresh optimizer, which remembers nothing. Weight decay (section 4.1) acts on all parameters, as in the official
+    code, except ``undecayed``; with ``args.decay_kernels_only`` only on what can be pruned, so not on biases and batch
+    norm."""
     rate, decay = args.learning_rate, args.weight_decay
     free = {id(parameter) for parameter in undecayed}
     if args.decay_kernels_only:
