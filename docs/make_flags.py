@@ -15,8 +15,8 @@ from utils.flags import Parser  # noqa: E402
 
 INTRO = """# Flags
 
-Made by `python docs/make_flags.py` from the scripts themselves. The flags of all scripts come first, then those of each
-script, and those of the tools that take a run or a file of it.
+Made by `python docs/make_flags.py` from the scripts themselves: the flags of all scripts, those of some (named without
+`train_snn_`), and those of the tools that take a run or a file of it.
 """
 TOOLS = ("measure_ticket", "export_ticket")
 Rows = list[tuple[str, str]]
@@ -65,23 +65,23 @@ def _escaped(text: str) -> str:
 def page() -> str:
     """docs/flags.md."""
     scripts = sorted(path.stem for path in ROOT.glob("train_snn_*.py"))
-    groups = {script: sections(parser_of(script)) for script in scripts}
-    first, *others = groups.values()
-    shared = [title for title in first if all(other.get(title) == first[title] for other in others)]
-    parts = [INTRO, "## All scripts\n", *_tables({title: first[title] for title in shared})]
-    for script, of_script in groups.items():
-        own = {title: rows for title, rows in of_script.items() if title not in shared}
-        parts += [f"## {script}.py\n", *_tables(own)]
+    owners: dict[tuple, list[str]] = {}  # the scripts that have a table
+    for script in scripts:
+        for title, rows in sections(parser_of(script)).items():
+            owners.setdefault((title, tuple(rows)), []).append(script.removeprefix("train_snn_"))
+    parts = [INTRO, "## All scripts\n"]
+    parts += [_table(*table) for table, names in owners.items() if len(names) == len(scripts)]
+    parts.append("## Some scripts\n")
+    for table, names in owners.items():
+        if len(names) < len(scripts):
+            parts += [f"{', '.join(f'`{name}`' for name in names)}:\n", _table(*table)]
     for tool in TOOLS:
-        parts += [f"## {tool}.py RUN_OR_FILE\n", *_tables(sections(parser_of(tool)))]
+        parts += [f"## {tool}.py RUN_OR_FILE\n", *(_table(*table) for table in sections(parser_of(tool)).items())]
     return "\n".join(parts)
 
 
-def _tables(groups: dict[str, Rows]) -> list[str]:
-    lines = []
-    for title, rows in groups.items():
-        lines += [f"| {title} | |", "|---|---|", *(f"| `{flag}` | {text} |" for flag, text in rows), ""]
-    return lines
+def _table(title: str, rows: Rows) -> str:
+    return "\n".join([f"| {title} | |", "|---|---|", *(f"| `{flag}` | {text} |" for flag, text in rows), ""])
 
 
 if __name__ == "__main__":
