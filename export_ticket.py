@@ -50,7 +50,7 @@ def main(argv=None):
     missing = [name for name in PACKAGES[args.format] if find_spec(name) is None]
     if missing:
         raise InputError(f"--format {args.format} needs what is not installed: pip install {' '.join(missing)}")
-    if not os.access(args.out.parent, os.W_OK):
+    if not (args.out.parent.is_dir() and os.access(args.out.parent, os.W_OK)):
         raise InputError(f"argument --out: no folder that can be written to: {args.out.parent}")
     model, _, origin = load_ticket_network(network_file(args.source))
     if min(args.image_size) < 32:

@@ -44,7 +44,7 @@ def make_parser() -> Parser:
 @script
 def main(argv=None):
     args = make_parser().parse(argv)
-    if args.json is not None and not os.access(args.json.parent, os.W_OK):
+    if args.json is not None and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
         raise InputError(f"argument --json: no folder that can be written to: {args.json.parent}")
     path = network_file(args.source)
     model, mask, origin = load_ticket_network(path)

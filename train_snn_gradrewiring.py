@@ -25,7 +25,8 @@ def grad_r_flags(parser):
     text = "what the prior takes from each strength, per unit of learning rate"
     flag("--penalty", positive, None, "ALPHA", text, shown="searched")
     flag("--trials", positive_int, 5, "N", "trainings that search for the penalty of the sparsity")
-    flag("--trial_epochs", positive_int, lambda f: max(1, f.end_iter // 10), "N", "epochs of a trial", shown="E / 10")
+    text = "epochs of a trial"
+    flag("--trial_epochs", positive_int, lambda f: max(1, f.end_iter // 10), "EPOCHS", text, shown="end_iter / 10")
 
     def check(flags):
         for name in sorted(parser.given & {"--trials", "--trial_epochs"}) if flags.penalty is not None else ():

@@ -179,10 +179,11 @@ def _start(words: tuple[str, ...], log: Path, cpus: int) -> subprocess.Popen:
 def _stop(processes: list[subprocess.Popen], received: list[int]) -> None:
     """Have runs save and end; after one more signal they end at once."""
     signals = len(received)
-    if processes:
-        print(f"stopping {len(processes)} runs at the end of their epochs; once more ends them at once", flush=True)
     for process in processes:
         process.terminate()
+    if processes:
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            print(f"stopping {len(processes)} runs at the end of their epochs; once more ends them at once", flush=True)
     while any(process.poll() is None for process in processes):
         time.sleep(POLL)
         if len(received) > signals:

@@ -326,6 +326,21 @@ def test_cache_is_used_until_the_tree_changes(tmp_path, monkeypatch):
     assert len(load("bugs", tmp_path).train) == 5
 
 
+def test_tree_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    make_tree(tmp_path / "bugs")
+    real = utils.trees._decode
+
+    def decode(samples, channels):
+        Image.new("RGB", (32, 32), "red").save(samples[-1][0])
+        return real(samples, channels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.trees, "_decode", decode)
+        with pytest.raises(InputError, match="bugs/train"):
+            load("bugs", tmp_path)
+    assert len(load("bugs", tmp_path).train) == 6
+
+
 def test_grey_tree_keeps_one_channel(tmp_path):
     make_tree(tmp_path / "bugs", size=28, mode="L")
     assert load("bugs", tmp_path).train.images.shape == (6, 1, 32, 32)

@@ -31,6 +31,12 @@ def test_a_mask_settles_when_a_full_window_is_close_to_it():
     assert epochs_until_settled(moved, 5, 0.02) == 7  # the first has to leave the window
 
 
+def test_the_oldest_of_the_window_counts_as_the_last_does():
+    drifting = masks_from("11110000", "01111000", "00111100", "00011110", "00001111")
+    assert epochs_until_settled(drifting, 1, 0.3) == 2
+    assert epochs_until_settled(drifting, 2, 0.3) is None
+
+
 @pytest.mark.parametrize(("kind", "value"), [("hamming", 2 / 8), ("jaccard", 2 / 3)])
 def test_the_distance_asked_for_decides_and_has_to_be_below_the_tolerance(kind, value):
     step = masks_from("11000000", "10100000")

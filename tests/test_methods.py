@@ -21,7 +21,7 @@ PLAIN |= {"rigl": rigl}
 # every line changes one thing that the loops must agree about
 CASES = [
     ("laterewindlth", "--rewinding_epoch 0 --pruning_scope local --valid_freq 50 --end_iter 3"),
-    ("laterewindlth", "--rewind none --rewinding_epoch 1 --end_iter 3"),
+    ("laterewindlth", "--rewind none --rewinding_epoch 1 --end_iter 3 --prune_percent 40"),
     ("earlyT_laterewindlth", "--evaluate_levels 0 2"),
     (
         "earlyT_laterewindlth",
@@ -46,10 +46,13 @@ CASES = [
     pytest.param("deeprewiring", "--l1 0.3 --from_dense", marks=pytest.mark.slow),
     ("gradrewiring", "--trials 2 --trial_epochs 2 --sparsity 80 --end_iter 3"),
     ("admm", "--admm_epochs 2 --rho 0.1 --pruning_scope local --end_iter 2"),
-    ("shortcycle", "--cycle_epochs 1.5 --evaluate_levels 0 1 2"),
+    ("shortcycle", "--cycle_epochs 1.5 --evaluate_levels 0 1 2 --prune_percent 40"),
     pytest.param("shortcycle", "--cycle_epochs 0.5 --rewinding_epoch 0 --pruning_scope local", marks=pytest.mark.slow),
     ("shortcycle", "--train_samples 8 --rewinding_epoch 1 --end_iter 3 --cycle_epochs 5 --evaluate_levels 0 1 2"),
-    ("shortcycle", "--rewinding_epoch 2 --early_time --early_time_epoch 1 --early_time_threshold 1.5"),
+    (
+        "shortcycle",
+        "--rewinding_epoch 2 --early_time --early_time_epoch 1 --early_time_threshold 1.5 --evaluate_levels 0 1 2",
+    ),
 ]
 
 
@@ -76,6 +79,9 @@ def test_script_is_the_plain_loop(finished, method, more):
             assert same(script.ticket(origin["dense"].removesuffix(".safetensors"))[1], one.start)
         assert row["test_accuracy"] == pytest.approx(one.accuracy)
         assert of(row) == pytest.approx(list(one.search))
+        shares = [min(1, max(0, one.search[0] - index)) for index in range(len(script.rows))]  # searches come first
+        spent = sum(share * epoch["seconds"] for share, epoch in zip(shares, script.rows, strict=True))
+        assert row["search_seconds"] == pytest.approx(spent)
     if "jaccard" in more:  # at this sparsity hamming would be below the tolerance, whatever the masks
         assert any(row["hamming"] < 0.05 <= row["jaccard"] for row in script.rows[1:] if "jaccard" in row)
     assert [row["early_time"] for row in script.rows if "early_time" in row] == ([early_time] if probe else [])

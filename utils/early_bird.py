@@ -61,7 +61,7 @@ def early_bird_flags(parser: Parser) -> None:
         "--eb_tolerance",
         between(0, 1),
         lambda flags: TOLERANCES[flags.eb_distance],
-        "TAU",
+        "FRACTION",
         "a mask has settled when all distances in the window are below this fraction",
         shown=", ".join(f"{tolerance} for {kind}" for kind, tolerance in TOLERANCES.items()),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -45,7 +46,8 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:  # a full disk names no file, others the temporary one
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that is none
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

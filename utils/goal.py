@@ -38,7 +38,7 @@ def sparsity_flags(parser: Parser, default_round: int | None = DEFAULT_ROUND) ->
         if flags.sparsity is not None and flags.sparsity_round is not None:
             parser.error("argument --sparsity: not with --sparsity_round")
         if flags.sparsity is not None and default_round is not None and "--prune_percent" in parser.given:
-            parser.error("argument --prune_percent: is not used with --sparsity")
+            parser.error("argument --prune_percent: not with --sparsity")
         if flags.sparsity is None and flags.sparsity_round >= flags.prune_iterations:
             most = flags.prune_iterations - 1
             parser.error(
@@ -59,7 +59,7 @@ def imp_flags(parser: Parser) -> None:
     sparsity_flags(parser, default_round=None)
     scope_flags(parser)
     flag = parser.section("rewinding")
-    text = "epoch whose weights a pruned network goes back to, 0 for the initial ones"
+    text = "a pruned network goes back to the weights after so many epochs, 0 for the initial ones"
     flag("--rewinding_epoch", whole, 20, "EPOCHS", text, below="end_iter")
     flag(
         "--rewind",

@@ -124,6 +124,8 @@ def _cached(folder: Path, channels: int) -> _Folder:
             pass  # a cache that cannot be read is no loss
     samples, classes = _list_images(folder)
     images, labels = _decode(samples, channels)
+    if _fingerprint(folder, channels) != fingerprint:
+        raise InputError(f"the files of {folder} changed while they were read: run the command again once they rest")
     found = _Folder(images, labels, classes, *_statistics(images))
     try:
         metadata = {"fingerprint": fingerprint, "classes": classes, "mean": found.mean, "std": found.std}
