@@ -7,7 +7,6 @@ are those to start training from). Batch norm is folded into the layers, pruned 
 that change no logit are taken out, and what that saves is printed. docs/hardware.md says what is in the files.
 """
 
-import os
 import statistics
 import time
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ import torch
 from utils.compact import compact, dense_cost
 from utils.experiment import script
 from utils.export import Node, kept_weights, network_graph, npz_bytes
-from utils.files import InputError, write_bytes
+from utils.files import InputError, check_folder, write_bytes
 from utils.flags import Parser, count, positive_int
 from utils.onnx_export import FoldedNetwork
 from utils.tickets import load_ticket_network, network_file
@@ -50,8 +49,7 @@ def main(argv=None):
     missing = [name for name in PACKAGES[args.format] if find_spec(name) is None]
     if missing:
         raise InputError(f"--format {args.format} needs what is not installed: pip install {' '.join(missing)}")
-    if not (args.out.parent.is_dir() and os.access(args.out.parent, os.W_OK)):
-        raise InputError(f"argument --out: no folder that can be written to: {args.out.parent}")
+    check_folder("--out", args.out)
     model, _, origin = load_ticket_network(network_file(args.source))
     if min(args.image_size) < 32:
         raise InputError("argument --image_size: the networks need at least 32 32")

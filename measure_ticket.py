@@ -7,7 +7,6 @@ It takes the trained network of a finished run, or any file of a run's folders n
 test images. docs/hardware.md says what the numbers mean and what they leave out.
 """
 
-import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from utils.data import Data, load_data
 from utils.datasets import DEFAULT_DIR
 from utils.energy import energies
 from utils.experiment import script
-from utils.files import InputError, read_json, write_json
+from utils.files import InputError, check_folder, read_json, write_json
 from utils.flags import Parser, count, positive_int
 from utils.masks import sparsity
 from utils.tickets import load_ticket_network, network_file
@@ -44,8 +43,8 @@ def make_parser() -> Parser:
 @script
 def main(argv=None):
     args = make_parser().parse(argv)
-    if args.json is not None and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
-        raise InputError(f"argument --json: no folder that can be written to: {args.json.parent}")
+    if args.json is not None:
+        check_folder("--json", args.json)
     path = network_file(args.source)
     model, mask, origin = load_ticket_network(path)
     check_countable(model)

@@ -52,7 +52,8 @@ def test_bad_input_is_one_line(finished, tmp_path, refused):
     run = finished("rigl")
     shutil.copy(run.folder / "networks" / f"{run.results[0]['ticket']}.safetensors", tmp_path / "network.safetensors")
     assert "--timestep" in refused(tmp_path / "network.safetensors")
-    assert "typo" in refused(run.folder, "--json", tmp_path / "typo" / "costs.json")
+    for folder in ("typo", "network.safetensors"):  # none, and a file
+        assert folder in refused(run.folder, "--json", tmp_path / folder / "costs.json")
     assert "no/run" in refused("no/run")
     assert "--dataset" in refused(run.folder, "--dataset", "digits")
     line = refused(run.folder, "--dataset", "cifar11")

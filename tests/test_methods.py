@@ -82,6 +82,9 @@ def test_script_is_the_plain_loop(finished, method, more):
         shares = [min(1, max(0, one.search[0] - index)) for index in range(len(script.rows))]  # searches come first
         spent = sum(share * epoch["seconds"] for share, epoch in zip(shares, script.rows, strict=True))
         assert row["search_seconds"] == pytest.approx(spent)
+        counted = [epoch["timesteps"] for share, epoch in zip(shares, script.rows, strict=True) if share]
+        if "in_place" not in name:
+            assert row["search_timesteps"] == (counted or [script.args["timestep"]])[-1]
     if "jaccard" in more:  # at this sparsity hamming would be below the tolerance, whatever the masks
         assert any(row["hamming"] < 0.05 <= row["jaccard"] for row in script.rows[1:] if "jaccard" in row)
     assert [row["early_time"] for row in script.rows if "early_time" in row] == ([early_time] if probe else [])

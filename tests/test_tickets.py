@@ -155,8 +155,10 @@ def test_a_file_that_lacks_what_a_ticket_holds_is_named(path, change):
         load_ticket_network(path)
 
 
-def test_a_file_that_cannot_be_written_is_named_not_the_one_beside_it(tmp_path):
-    path = tmp_path / "no folder" / "ticket.safetensors"
-    with pytest.raises(FileNotFoundError) as error:
+@pytest.mark.parametrize(("folder", "kind"), [("none", FileNotFoundError), ("file", NotADirectoryError)])
+def test_a_file_that_cannot_be_written_is_named_not_the_one_beside_it(tmp_path, folder, kind):
+    (tmp_path / "file").touch()
+    path = tmp_path / folder / "ticket.safetensors"
+    with pytest.raises(kind) as error:
         write_tensors(path, {}, {})
     assert error.value.filename == str(path)

@@ -36,6 +36,16 @@ class InUseError(Exception):
     """Another process is at the run. Exit code 75 (EX_TEMPFAIL): the same command can be tried again later."""
 
 
+def check_folder(flag: str, path: Path) -> None:
+    """Check that the file that a flag names can be written later.
+
+    Raises:
+        InputError: its folder is none, or not writable; the message names flag and folder.
+    """
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise InputError(f"argument {flag}: no folder that can be written to: {path.parent}")
+
+
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:

@@ -186,14 +186,8 @@ def shared_flags(parser: Parser) -> None:
     flag("--batch_size", positive_int, 128, "N", "images per step, of all ranks together")
     flag("--learning_rate", positive, 0.3, "RATE", "learning rate of epoch 0")
     flag("--momentum", between(0, 1, open_high=True), 0.9, "M", "momentum of sgd")
-    flag(
-        "--weight_decay",
-        not_negative,
-        5e-4,
-        "W",
-        "L2 penalty on all parameters, if not --decay_kernels_only",
-        "--weight-decay",
-    )
+    text = "L2 penalty on all parameters, if not --decay_kernels_only"
+    flag("--weight_decay", not_negative, 5e-4, "W", text, "--weight-decay")
     flag("--decay_kernels_only", bool, False, None, "no L2 penalty on biases and batch norm, unlike the official code")
     usual = partial(_usual_epochs, parser)
     flag("--end_iter", positive_int, usual, "EPOCHS", "epochs of a training", shown=epochs)
