@@ -6,15 +6,18 @@ DEMO := --dataset digits --arch alexnet --width 0.125 --v_threshold 0.5 --timest
 	--learning_rate 0.1 --end_iter 6 --valid_freq 3 --prune_percent 75 --prune_iterations 4 --output_dir runs/demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
-.PHONY: help demo report test test-all bench gpu lint clean
+.PHONY: help install demo report test test-all bench gpu lint clean
 
 help:
+	@echo "make install   $(VENV), which the other targets set up, too"
 	@echo "make demo      IMP and a random ticket on handwritten digits, and their report"
 	@echo "make report    tables, figures and one page from runs/"
 	@echo "make test      the fast tests        make test-all   all tests        make lint   ruff"
 	@echo "make bench     speed on the CPU against the authors' style; make bench ARGS=--quick"
 	@echo "make gpu       is all right on this GPU, and how fast? one report, at most 12 minutes"
 	@echo "make clean     removes $(VENV) and caches"
+
+install: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(BIN)/python train_snn_laterewindlth.py $(DEMO) --rewinding_epoch 1

@@ -14,6 +14,7 @@ from torch import nn
 import export_ticket
 from models import build_model
 from models.layers import BatchNorm, Conv3x3
+from models.lif import LIF
 from utils.export import kept_weights, network_graph, npz_bytes
 from utils.files import InputError
 from utils.masks import apply_mask, dense_mask, drop_lowest
@@ -90,10 +91,23 @@ class Scaled(nn.Module):
         return 2 * self.conv(images.unsqueeze(0))
 
 
+class OtherLIF(LIF):
+    """A neuron that a user adds; a graph has no node for it."""
+
+
+def with_other_neurons(arch, layer):
+    """A network in which the neurons behind one layer are others."""
+    model = build_model(arch, 3, 10, width=0.05)
+    model.set_submodule(layer, OtherLIF())
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "named"),
     [
         (build_model("vgg16", 3, 10, neuron="relu", width=0.05), "stem_fire.*ReLU"),
+        (with_other_neurons("vgg16", "stem_fire.neuron"), "stem_fire.*OtherLIF"),
+        (with_other_neurons("resnet19", "hidden_neuron"), "hidden_neuron.*OtherLIF"),
         (TwoNorms(), "second"),
         (MaxOfCurrents(), "flatten"),
         (Scaled(), "mul"),

@@ -156,10 +156,10 @@ class _Builder:
             case nn.BatchNorm2d():
                 self._fold(name, module, sources[0])
                 self.origin[traced] = inputs
-            case NormAndFire(neuron=LIF() as neuron):
+            case NormAndFire() if type(module.neuron) is LIF:  # a subclass may compute something else
                 self._fold(f"{name}.norm", module.norm, sources[0])
-                self._neuron(traced, f"{name}.neuron", neuron, inputs)
-            case LIF():
+                self._neuron(traced, f"{name}.neuron", module.neuron, inputs)
+            case LIF() if type(module) is LIF:
                 self._neuron(traced, name, module, inputs)
             case nn.MaxPool2d(padding=0, dilation=1, ceil_mode=False) if self._spikes(inputs):
                 kernel, stride = _pair(module.kernel_size), _pair(module.stride)
