@@ -74,8 +74,8 @@ def main(argv=None):
 
     # train; the ticket is what is left at the end, with the initial weights
     stage = train_with(penalty, "train", None, args.end_iter)
-    mask, _ = run.ticket("reached", surviving(model), initial, None, epoch=0)
-    run.save_result("reached", None, mask, model, data.test, [*search, stage], stage, penalty=penalty)
+    mask, _ = run.ticket(goal.name, surviving(model), initial, None, epoch=0)
+    run.save_result(goal.name, None, mask, model, data.test, [*search, stage], stage, penalty=penalty)
     run.finish()
 
 

@@ -105,7 +105,7 @@ def main(argv=None):
         mask = shuffle_layers(mask, generator(args, "control"))
     elif args.control == "reinit":
         torch.manual_seed(generator(args, "control").initial_seed())
-        weights, lr_epoch = build_model(**run.network).state_dict(), None
+        weights, lr_epoch = build_model(**run.network).to(args.device).state_dict(), None
 
     unpruned = "initial" if args.ticket in LABELS and args.control != "reinit" else None  # the file that holds them
     mask, weights = run.ticket(goal.name, mask, weights, goal.level, first, dense=unpruned)

@@ -57,6 +57,8 @@ def main(argv=None):
     rewind(model, initial, mask)
     optimizer = make_optimizer(model, args)
     last = args.update_until * args.end_iter * trainer.steps
+    if args.update_every >= last:
+        print(f"note: the mask never changes: --update_every is {args.update_every}, changes end at step {last:g}")
 
     def change_mask(step, generator):
         if 0 < step < last and step % args.update_every == 0:

@@ -19,6 +19,7 @@ from .settings import (
     BASES,
     CONTROLS,
     METHODS,
+    OF_PRUNING,
     REACHED,
     SIZE,
     key_of,
@@ -151,9 +152,17 @@ class Section:
         Returns:
             The experiment's label and the cell, or None if there is none.
         """
+        found = self._before_pruning(ann)
+        return (found[0].label, found[0].at(0.0)[0]) if found else None
+
+    def dense_of(self, experiment: Experiment) -> tuple[str, Cell] | None:
+        """The dense network that an experiment is compared with: one trained in the same way, or else ``dense``."""
+        alike = [e for e in self._before_pruning(experiment.ann) if agree(e, experiment, but=OF_PRUNING)]
+        return (alike[0].label, alike[0].at(0.0)[0]) if alike else self.dense(experiment.ann)
+
+    def _before_pruning(self, ann: bool) -> list[Experiment]:
         name = "IMP, ANN" if ann else "IMP"
-        found = [(e.label, cell) for e in self.experiments if e.name == name for cell in e.at(0.0)]
-        return found[0] if found else None
+        return [e for e in self.experiments if e.name == name and e.at(0.0)]
 
 
 def sections_of(runs: list[Run]) -> list[Section]:
@@ -265,6 +274,10 @@ def against_dense(cell: Cell, dense: Cell) -> tuple[Spread, Spread] | None:
 
 def base_of(experiment: Experiment, section: Section) -> Experiment | None:
     """The experiment without Early-Time that an ET experiment is to be compared with: the same settings otherwise."""
-    mine, method = experiment.settings, BASES.get(experiment.args["method"])
-    same = [e for e in section.experiments if all(mine.get(flag, value) == value for flag, value in e.settings.items())]
-    return next((other for other in same if other.args["method"] == method), None)
+    method = BASES.get(experiment.args["method"])
+    return next((e for e in section.experiments if e.args["method"] == method and agree(e, experiment)), None)
+
+
+def agree(one: Experiment, other: Experiment, but: tuple[str, ...] = ()) -> bool:
+    """Whether two experiments have the same settings, so far as both have them, but for some."""
+    return all(other.settings.get(flag, value) == value for flag, value in one.settings.items() if flag not in but)

@@ -110,7 +110,7 @@ def table_1(section: Section, paper: list[dict]) -> Table:
             rows.append(_row(label, accuracies, searches, papers, ("delta_accuracy", "speed_gain")))
         of_paper += [f"Paper, {e.label} at {p['sparsity']} %: {p['note']}." for p in papers.values() if p.get("note")]
     notes = [
-        *dense_note(section),
+        *dense_note(section, experiments),
         "Accuracy in % after the last epoch, mean ± sample standard deviation over rounds. Search: training time spent "
         "to find the ticket, its own training excluded, and the same in epochs x timesteps. Sparsity is of the "
         "prunable weights. What ET changes is the mean of the differences and ratios of the rounds that both have, of "
@@ -139,17 +139,17 @@ def _change(delta_accuracy: Spread, speed_gain: Spread | None, cost_gain: Spread
     return [with_n(measured(delta_accuracy, sign="+"), delta_accuracy)], [factors[0], f"{factors[1]} in epochs x T"]
 
 
-def dense_note(section: Section) -> list[str]:
-    """Accuracy of the dense SNN and of the dense ANN, if they were run."""
-    found = [section.dense(ann) for ann in (False, True) if section.dense(ann)]
-    written = ", ".join(f"{label} {accuracy_of(cell)}" for label, cell in found)
+def dense_note(section: Section, experiments: list[Experiment]) -> list[str]:
+    """Accuracy of the dense networks that experiments are compared with."""
+    found = dict(filter(None, (section.dense_of(e) for e in experiments)))
+    written = "; ".join(f"{label} {accuracy_of(cell)}" for label, cell in found.items())
     return [f"Accuracy of the dense network in %, before the first pruning: {written}."] if written else []
 
 
 def overview(section: Section) -> Table:
     """A line for each experiment: its sparsest ticket."""
     sparsest = [
-        (e, e.cells[-1], _against_dense(e.cells[-1], section.dense(e.ann))) for e in section.experiments if e.cells
+        (e, e.cells[-1], _against_dense(e.cells[-1], section.dense_of(e))) for e in section.experiments if e.cells
     ]
     rows = [
         {
@@ -161,7 +161,8 @@ def overview(section: Section) -> Table:
         }
         for e, cell, change in sparsest
     ]
-    return Table("Sparsest tickets", rows, dense_note(section) + marks([cell for _, cell, _ in sparsest]))
+    notes = dense_note(section, section.experiments) + marks([cell for _, cell, _ in sparsest])
+    return Table("Sparsest tickets", rows, notes)
 
 
 def _against_dense(cell: Cell, dense: tuple[str, Cell] | None) -> Spread | None:
@@ -219,7 +220,7 @@ def tables_csv(sections: list[Section], paper: list[dict]) -> str:
 
 def _csv_row(section: Section, experiment: Experiment, cell: Cell, paper: list[dict]) -> dict:
     values = {name: cell.spread(name) for name in SPREADS} | gains(experiment, section).get(cell.column, {})
-    dense = section.dense(experiment.ann)
+    dense = section.dense_of(experiment)
     values["against_dense"] = _against_dense(cell, dense)
     spreads = {name: value._asdict() for name, value in values.items() if value}
     return {

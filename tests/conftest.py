@@ -45,6 +45,12 @@ FLAGS = {
 }
 
 
+def words_of(method, *more):
+    """The tiny flags of a method and more; a sparsity takes the place of prunings."""
+    own = FLAGS[method].replace(ROUNDS, "") if "--sparsity" in more else FLAGS[method]
+    return [*shlex.split(own), *more]
+
+
 def script(method):
     """The main function of a script."""
     return importlib.import_module(f"train_snn_{method}").main
@@ -131,7 +137,7 @@ class Finished:
 
 def go(root, method, *more):
     """Run a script in this process, and read what it left; ``root`` takes the run."""
-    flags = [*shlex.split(FLAGS[method]), *more, "--output_dir", str(root)]
+    flags = [*words_of(method, *more), "--output_dir", str(root)]
     before = set(root.rglob("summary.txt")) if root.exists() else set()
     script(method)(flags)
     new = set(root.rglob("summary.txt")) - before

@@ -82,7 +82,7 @@ def deep_r(args, data, probe=None):
 def grad_r(args, data, probe=None):
     plain = Plain(args, data)
     args, state, names = plain.args, plain.state(), list(plain.dense)
-    share, weights = name_and_share(args)[1], [plain.model.get_parameter(name) for name in plain.dense]
+    (name, share), weights = name_and_share(args), [plain.model.get_parameter(name) for name in plain.dense]
     signs = [torch.where(state[name] < 0, -1.0, 1.0) for name in names]
 
     def train(penalty, level, epochs):
@@ -116,7 +116,7 @@ def grad_r(args, data, probe=None):
             tried[penalty] = sum(int(m.sum()) for m in mask.values()) / len(sizes)
             penalty = next_penalty(tried, 1 - share)
     mask = train(penalty, 0, args.end_iter)
-    return {"reached": plain.found(mask, state, 0, plain.cost())}, args.timestep
+    return {name: plain.found(mask, state, 0, plain.cost())}, args.timestep
 
 
 def admm(args, data, probe=None):

@@ -396,6 +396,7 @@ def test_official_tiny_imagenet_layout(tmp_path):
         (lambda root: (root / "train/ant/0.png").write_bytes(b"not an image"), "train/ant/0.png"),
         (lambda root: os.truncate(root / "test/bee/2.png", 200), "test/bee/2.png"),
         (lambda root: Image.new("RGB", (40, 40)).save(root / "train/bee/1.png"), "train/bee/1.png is 40x40"),
+        (lambda root: Image.new("I;16", (32, 32)).save(root / "train/bee/1.png"), "train/bee/1.png .*8 bits"),
         (lambda root: (root / "train/ant/3.png").symlink_to("nowhere"), "train/ant/3.png"),
         (lambda root: (root / "test").rename(root / "tset"), r"bugs .*no test \(or val\)"),
         (lambda root: (root / "train").rename(root / "trian"), "bugs .*no train"),

@@ -105,6 +105,9 @@ def refused(refused, tmp_path, monkeypatch):
         ("laterewindlth", "--sparsity 90 --sparsity_round 3", "--sparsity_round"),
         ("earlybird", "--sparsity 90 --sparsity_round 3", "--sparsity_round"),
         ("earlybird", "--prune_percent 50 --sparsity 90", "--sparsity"),
+        ("laterewindlth", "--prune_iterations 3 --sparsity 90", "--sparsity"),
+        ("rigl", "--prune_iterations 3 --sparsity 90", "--sparsity"),
+        ("laterewindlth", "--neuron relu --timestep 2", "1 2"),
         ("earlyT_laterewindlth", "--evaluate_levels 1 15", "0 14 15"),
         ("earlyT_laterewindlth", "--evaluate_levels 4 --sparsity 50", "0 3 4"),
         ("laterewindlth", "--momentum 0.5 --optimizer adam", "--optimizer sgd"),
@@ -229,6 +232,7 @@ def test_defaults_that_depend_on_other_flags(parsed):
     assert parsed("earlybird", "--dataset svhn --end_iter 7").end_iter == 7
     assert parsed("earlybird", "--eb_distance jaccard").eb_tolerance == 0.5
     assert parsed("earlybird", "--eb_distance jaccard --eb_tolerance 0.1").eb_tolerance == 0.1
+    assert parsed("earlybird", "--neuron relu").timestep == 1
     assert parsed("earlybird", "--prune_iterations 3").sparsity_round == 2
     assert parsed("laterewindlth", "--prune_iterations 3").sparsity_round == 2
     assert parsed("laterewindlth", "--sparsity 90").sparsity_round is None

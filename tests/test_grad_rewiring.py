@@ -120,12 +120,12 @@ def test_script_searches_and_its_ticket_is_what_is_left(finished):
         tried[row["penalty"]] = 1 - row["sparsity"] / 100
     (result,) = run.results
     train = run.stage("train", None)
-    mask, weights, _ = run.network("reached")
+    mask, weights, _ = run.network("level_02")
     assert result["penalty"] == train[-1]["penalty"]
     assert result["sparsity"] == pytest.approx(train[-1]["sparsity"])
     assert all(torch.equal(m, weights[name] != 0) for name, m in mask.items())
     initial = run.ticket("initial")[1]
-    ticket = run.ticket("reached")
+    ticket = run.ticket("level_02")
     assert all(torch.equal(m, mask[name]) for name, m in ticket[0].items())
     assert all(torch.equal(ticket[1][name], initial[name] * m) for name, m in mask.items())
     assert all((weights[name].sign() == initial[name].sign())[m].all() for name, m in mask.items())

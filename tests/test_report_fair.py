@@ -102,6 +102,26 @@ def test_a_variants_dense_network_is_named_wherever_it_is_used(tmp_path):
     assert (row["dense"], float(row["against_dense_mean"])) == ("IMP", -7)
 
 
+def test_the_dense_network_is_one_that_was_trained_alike(tmp_path):
+    write(tmp_path, "imp", "laterewindlth", 1, [result(0, 90.0), result(8, 89.0)])
+    write(tmp_path, "imp-0", "laterewindlth", 1, [result(0, 91.0), result(8, 80.0)], rewinding_epoch=0)
+    write(tmp_path, "eb", "earlybird", 1, [result(8, 85.0)])
+    write(tmp_path, "eb-adam", "earlybird", 1, [result(8, 70.0)], optimizer="adam")
+    kernels = {"decay_kernels_only": True}
+    write(tmp_path, "imp-kd", "laterewindlth", 1, [result(0, 95.0), result(8, 94.0)], **kernels)
+    write(tmp_path, "eb-kd", "earlybird", 1, [result(8, 92.0)], **kernels)
+    found = numbers(tmp_path)
+    rows = {label: found[label, "level_08"] for label, ticket in found if ticket == "level_08"}
+    assert {label: (row["dense"], float(row["against_dense_mean"])) for label, row in rows.items()} == {
+        "IMP": ("IMP", -1),
+        "IMP, rewind epoch 0": ("IMP", -10),
+        "IMP, decay kernels only": ("IMP, decay kernels only", -1),
+        "EB": ("IMP", -5),
+        "EB, adam": ("IMP", -20),
+        "EB, decay kernels only": ("IMP, decay kernels only", -3),
+    }
+
+
 # --- rounds ---
 
 

@@ -36,6 +36,7 @@ def write_methods(root):
                 own = {"train_seconds": 0.0} if method in ("rigl", "gradrewiring") else {}
                 own |= {"sparsity": REACHED[level][round - 1]} if method == "gradrewiring" else {}
                 row = result(level, 80.0 + round + len(method) / 10, search_timestep_epochs=cost, **own)
+                row |= {"level": None} if method == "gradrewiring" else {}
                 label = {"label": LABELS[method]} if method in LABELS else {}
                 write(root, f"{method}-{level}", method, round, [row], **label)
             write_gradual(root, round, level)

@@ -2,7 +2,6 @@
 
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import FLAGS, ROOT, TIME, Finished, script
+from conftest import ROOT, TIME, Finished, script, words_of
 
 from utils import stages, training
 from utils.files import read_metadata, read_tensors
@@ -22,7 +21,7 @@ class Killed(BaseException):
 
 
 def command(root, method, *more):
-    return [*shlex.split(FLAGS[method]), "--checkpoint_minutes", "0", *more, "--output_dir", str(root)]
+    return [*words_of(method, *more), "--checkpoint_minutes", "0", "--output_dir", str(root)]
 
 
 def without_seconds(rows):

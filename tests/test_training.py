@@ -103,7 +103,7 @@ def test_masked_training_equals_masked_gradients(trainer, optimizer):
     """The plain way, in fp64 and without spikes, which would turn a rounding into another network: gradients of pruned
     weights are set to 0. What a method is called with has the gradient before that."""
     more = ["--momentum", "0.6"] if optimizer == "sgd" else ["--optimizer", "adam", "--learning_rate", "0.001"]
-    ours = trainer("--neuron", "relu", "--weight_decay", "0.05", *more, double=True)
+    ours = trainer("--neuron", "relu", "--timestep", "1", "--weight_decay", "0.05", *more, double=True)
     for parameter in ours.model.parameters():
         parameter.data.add_(0.01)  # Adam would make a step of the rounding of a bias that is 0
     model, mask = ours.model, magnitude_mask(ours.model, 0.6)

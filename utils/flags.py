@@ -171,11 +171,13 @@ def shared_flags(parser: Parser) -> None:
     flag = parser.section("network")
     flag("--arch", ARCHITECTURES, "vgg16", None, "network")
     flag("--width", between(0, 100, open_low=True), 1.0, "FACTOR", "factor on the channels of every hidden layer")
-    flag("--neuron", NEURONS, "lif", None, "lif, or relu for the ANN of the same shape (which needs only --timestep 1)")
+    flag("--neuron", NEURONS, "lif", None, "lif, or relu for the ANN of the same shape, which has no time")
     flag("--tau", between(1), 4 / 3, "TAU", "lif: membrane time constant in timesteps", shown="4/3")
     flag("--v_threshold", positive, 1.0, "V", "lif: firing threshold of the membrane potential")
     flag("--surrogate_alpha", positive, 2.0, "ALPHA", "lif: slope of the ATan surrogate gradient")
-    flag("--timestep", count, 5, "T", "timesteps an image is shown for")
+    text = "timesteps an image is shown for"
+    flag("--timestep", count, lambda f: 5 if f.neuron == "lif" else 1, "T", text, shown="5, or 1 with --neuron relu")
+    parser.check(partial(_check_timestep, parser))
     flag("--batch_norm", BATCH_NORMS, "per_timestep", None, "where batch norm takes its training statistics from")
 
     flag = parser.section("training")
@@ -272,6 +274,11 @@ def _check_dataset(parser: Parser, flags: argparse.Namespace) -> None:
         parser.error(
             f"argument --end_iter: is needed with --dataset {name}: only the paper's data sets have a usual one"
         )
+
+
+def _check_timestep(parser: Parser, flags: argparse.Namespace) -> None:
+    if flags.neuron == "relu" and flags.timestep != 1:
+        parser.error(f"argument --timestep: must be 1 with --neuron relu, which has no time; got {flags.timestep}")
 
 
 def _choose_device(parser: Parser, flags: argparse.Namespace) -> None:

@@ -86,7 +86,7 @@ def load_tree(train: Path, test: Path, channels: int | None, classes: int | None
 def _channels(folder: Path) -> int:
     """1 if the first image of a folder is grey, 3 if it has colours."""
     with _opened(_list_images(folder)[0][0][0]) as image:
-        return 1 if image.mode in ("1", "L", "LA", "I;16") else 3
+        return 1 if image.mode in ("1", "L", "LA") else 3
 
 
 @contextmanager
@@ -96,6 +96,8 @@ def _opened(path: str) -> Iterator:
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would cut its values off at 255
+                raise InputError(f"{path} has more than 8 bits a channel: convert the images of the tree to 8 bits")
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be decoded as an image ({error}): replace or remove it") from error
