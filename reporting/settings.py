@@ -141,10 +141,12 @@ def _source_of(args: dict, sources: list[dict]) -> int:
     """The number of the source of a run's saved ticket; one that is new is added.
 
     The tickets of one source say the same of where they are from but for the round and how sparse they are, and lie
-    below one experiment's folder. It has one ticket for each round, of its own and of the runs that train them.
+    below one experiment's folder, or, as those of ``reproduce.py``, below folders that end with the number of prunings.
+    It has one ticket for each round, of its own and of the runs that train them.
     """
     origin, checksum = args["ticket_origin"], args.get("ticket_checksum")
-    experiment = PurePath(str(args.get("ticket"))).parts[-4:-3]  # of EXPERIMENT/RUN/tickets/FILE
+    path = PurePath(str(args.get("ticket"))).parts[-4:-3]  # of EXPERIMENT/RUN/tickets/FILE
+    experiment = [name.removesuffix(f"-{origin.get('level')}") for name in path]
     ticket = origin.get("ticket", origin.get("sparsity"))
     facts = {"search": [experiment, {name: value for name, value in origin.items() if name not in OF_ROUND}]}
     facts |= {("trained", args["round"], ticket): checksum}

@@ -166,6 +166,16 @@ def test_tickets_of_two_sources_are_no_two_rounds(tmp_path):
     assert len({e.label for e in section.experiments}) == 4
 
 
+def test_tickets_of_searches_for_one_sparsity_each_are_one_experiment(tmp_path):
+    for level in (8, 14):
+        for name in ("eb", "eb-et"):
+            flags = saved(f"{name}{level}", experiment=f"{name}-{level}", level=level, ticket=f"level_{level:02d}")
+            write(tmp_path, f"{name}-shuffle-{level}", "oneshot-transfer-shuffle", 1, [result(level, 80.0)], **flags)
+    (section,) = sections(tmp_path)
+    found = [sorted(run.args["exp_name"] for run in e.runs) for e in section.experiments]
+    assert sorted(found) == [[f"{name}-shuffle-{level}" for level in (14, 8)] for name in ("eb-et", "eb")]
+
+
 def test_rounds_of_two_sources_are_not_mixed(tmp_path):
     row, of_source = result(8, 80.0), {}
     for round, names in ((1, "ab"), (2, "ba"), (3, "ab")):
