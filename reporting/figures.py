@@ -70,7 +70,8 @@ def of_some_methods(section: Section, styles: dict[str, tuple]) -> list[Plot | N
     own = [e for e in experiments if e.label in ("IMP", "IMP, ANN")]
     controls = [e for e in experiments if e.control]
     sources = [e for e in experiments if not e.control and e.label in {control.source for control in controls}]
-    snip, random = ([e for e in experiments if e.args["method"] == f"oneshot-{kind}"] for kind in ("snip", "random"))
+    sparse = [e for e in experiments if (e.tickets["column"] > 0).any()]
+    snip, random = ([e for e in sparse if e.args["method"] == f"oneshot-{kind}"] for kind in ("snip", "random"))
     groups = {
         "global-local": scopes if len(scopes) > 1 else [],
         "transfer": own + moved if moved else [],
