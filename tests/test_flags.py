@@ -100,6 +100,7 @@ def refused(refused, tmp_path, monkeypatch):
         ("earlyT_earlybird", "--early_time_epoch 4 --end_iter 4", "--end_iter 4"),
         ("earlyT_earlybird", "--timestep 3", "4 3"),
         ("earlyT_laterewindlth", "--timestep 3", "4 3"),
+        ("earlyT_laterewindlth", "--neuron relu", "relu"),
         ("laterewindlth", "--sparsity_round 15", "0 14 15"),
         ("earlybird", "--sparsity_round 3 --prune_iterations 3", "0 2 3"),
         ("laterewindlth", "--sparsity 90 --sparsity_round 3", "--sparsity_round"),

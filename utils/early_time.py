@@ -124,6 +124,8 @@ def early_time_flags(parser: Parser, switch: bool = False) -> None:
                 parser.error(f"argument {name}: only with --early_time")
             return
         parser.require_below(flags, "early_time_epoch", "end_iter")
+        if flags.neuron == "relu":
+            parser.error("argument --neuron: relu has no time, of which Early-Time could save some")
         if flags.timestep < FEWEST + 2:
             text = f"must be at least {FEWEST + 2}, got {flags.timestep}: Early-Time needs timesteps to choose from"
             parser.error(f"argument --timestep: {text}")

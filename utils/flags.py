@@ -176,7 +176,7 @@ def shared_flags(parser: Parser) -> None:
     flag("--v_threshold", positive, 1.0, "V", "lif: firing threshold of the membrane potential")
     flag("--surrogate_alpha", positive, 2.0, "ALPHA", "lif: slope of the ATan surrogate gradient")
     text = "timesteps an image is shown for"
-    flag("--timestep", count, lambda f: 5 if f.neuron == "lif" else 1, "T", text, shown="5, or 1 with --neuron relu")
+    flag("--timestep", count, lambda f: 1 if f.neuron == "relu" else 5, "T", text, shown="5, or 1 with --neuron relu")
     parser.check(partial(_check_timestep, parser))
     flag("--batch_norm", BATCH_NORMS, "per_timestep", None, "where batch norm takes its training statistics from")
 
