@@ -16,6 +16,7 @@ from .tables import plain_experiments
 
 XLABEL = "search (epochs x timesteps)"
 GREY = "#777777"
+NEAR = 1.5  # times the density that was asked for: what a training reached beyond it is no result of that sparsity
 SIZES = {"*": 7.5, (4, 1, 0): 7.5, "P": 6, "X": 6}  # of markers that look small
 # ticks in %: errors of 1, 1.5, 2, 3, 5, 7 and their tens
 TICKS = [0.0, *(100 - share * 10.0**power for power in (1, 0, -1) for share in (7, 5, 3, 2, 1.5, 1))]
@@ -27,7 +28,7 @@ def accuracy_and_cost(section: Section, styles: dict[str, tuple]) -> Plot | None
     chosen = [e for e in methods if e.args["method"] != "oneshot-random"]
     panels, lines, beside = [], [], {}
     for column in shared_columns(methods, most=4)[-2:]:
-        cells = {e.label: cells_for(e, column, methods) for e in chosen}
+        cells = {e.label: _cells(e, column, methods) for e in chosen}
         beside |= {
             f"{label} at {cell.column:.4g} %": None
             for label, of_e in cells.items()
@@ -45,6 +46,11 @@ def accuracy_and_cost(section: Section, styles: dict[str, tuple]) -> Plot | None
     )
 
 
+def _cells(experiment: Experiment, column: float, methods: list[Experiment]) -> list[Cell]:
+    """Its tickets at a sparsity, without what missed it by far."""
+    return [cell for cell in cells_for(experiment, column, methods) if 100 - cell.column <= NEAR * (100 - column)]
+
+
 def _points(experiment: Experiment, column: float, section: Section, methods: list[Experiment]) -> pd.DataFrame:
     """Where a method lies: by cost, accuracy in % over rounds, spread of the cost, and whether it trains in place.
 
@@ -52,7 +58,7 @@ def _points(experiment: Experiment, column: float, section: Section, methods: li
     """
     flag = "cycle_epochs"
     same = [e for e in section.experiments if flag in experiment.settings and _but(e, flag) == _but(experiment, flag)]
-    first = [cells[0] for e in same or [experiment] if (cells := cells_for(e, column, methods))]
+    first = [cells[0] for e in same or [experiment] if (cells := _cells(e, column, methods))]
     rows = [_point(cell) for cell in first if cell.spread("search_timestep_epochs")]
     return (
         pd.DataFrame(rows, columns=["cost", "mean", "std", "n", "cost_std", "in_place"]).set_index("cost").sort_index()

@@ -242,6 +242,18 @@ def test_what_trains_in_place_is_hollow_and_what_costs_nothing_is_beside_the_sca
     assert all(word in drawn.caption for word in ("Hollow", "Grad R", "n = 2"))
 
 
+@pytest.mark.parametrize(("sparsity", "shown"), [(97.5, True), (95.0, False)])
+def test_what_missed_its_sparsity_by_far_is_not_drawn(tmp_path, sparsity, shown):
+    write(tmp_path, "imp", "laterewindlth", 1, [result(level, 90.0) for level in (0, *LEVELS)])
+    write(tmp_path, "eb", "earlybird", 1, [result(level, 80.0) for level in LEVELS])
+    for level, reached in zip(LEVELS, (89.9, sparsity), strict=True):
+        own = {"sparsity": reached, "train_seconds": 0.0}
+        write(tmp_path, f"grad-r-{level}", "gradrewiring", 1, [result(level, 85.0, **own)], label="Grad R")
+    (section,) = sections(tmp_path)
+    figure = accuracy_and_cost(section, styles_of([e.label for e in section.experiments], METHODS)).figure
+    assert ["Grad R" in points(axis) for axis in figure.axes] == [True, shown]
+
+
 def test_dense_and_random_are_labelled_lines(drawn):
     for axis in drawn.figure.axes:
         low, high = axis.get_ylim()
