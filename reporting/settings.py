@@ -48,7 +48,7 @@ NO_SETTING = {  # what makes no other experiment of a run
 }
 # what the tickets of one source do not share, of what they say of where they are from
 OF_ROUND = ("round", "seed", "ticket", "level", "sparsity")
-OF_PRUNING = ("prune_percent", "pruning_scope", "rewinding_epoch", "rewind")  # IMP's that its dense network has not
+OF_PRUNING = ("prune_percent", "pruning_scope", "rewinding_epoch", "rewind")  # no matter to the dense network
 OF_EARLY_TIME = {"early_time_epoch", "early_time_threshold", "early_time_samples", "divergence"}
 # section 4.1 of the paper; epochs are those of its four data sets
 PAPER_EPOCHS = {"svhn": 150, "fmnist": 150, "cifar10": 300, "cifar100": 300}

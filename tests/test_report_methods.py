@@ -10,6 +10,7 @@ from test_report import epochs, numbers, paper_table, result, sections, write
 from reporting.comparison import shared_columns, table_2
 from reporting.curves import learning_curves
 from reporting.drawing import styles_of
+from reporting.figures import draw_all
 from reporting.search_cost import XLABEL, accuracy_and_cost
 from reporting.settings import METHODS
 from reporting.tables import every_ticket, plain_experiments
@@ -252,6 +253,15 @@ def test_what_missed_its_sparsity_by_far_is_not_drawn(tmp_path, sparsity, shown)
     (section,) = sections(tmp_path)
     figure = accuracy_and_cost(section, styles_of([e.label for e in section.experiments], METHODS)).figure
     assert ["Grad R" in points(axis) for axis in figure.axes] == [True, shown]
+
+
+def test_runs_that_stay_dense_are_not_among_snip_and_random_tickets(tmp_path):
+    for kind, label in (("snip", "SNIP"), ("random", "random")):
+        write(tmp_path, kind, f"oneshot-{kind}", 1, [result(8, 80.0), result(14, 70.0)], label=label)
+    write(tmp_path, "bf16", "oneshot-random", 1, [result(0, 90.0)], label="random", precision="bf16")
+    (section,) = sections(tmp_path)
+    (figure,) = [plot.figure for plot in draw_all([section])[section.slug] if plot.name.endswith("snip-random")]
+    assert points(figure.axes[0]).keys() == {"SNIP", "random"}
 
 
 def test_dense_and_random_are_labelled_lines(drawn):

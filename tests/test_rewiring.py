@@ -102,7 +102,7 @@ def test_training_is_that_of_a_plain_numpy_loop():
 def test_a_training_too_short_for_a_change_of_the_mask_says_so(run, capsys):
     for more, noted in (("--update_every 2", False), ("--update_every 3 --update_until 0.5 --round 2", True)):
         run("rigl", "--end_iter", "3", *more.split())  # 6 steps
-        assert ("mask never changes" in capsys.readouterr().out) == noted
+        assert ("--update_every" in capsys.readouterr().out) == noted
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "global"])

@@ -37,9 +37,9 @@ def sparsity_flags(parser: Parser, default_round: int | None = DEFAULT_ROUND) ->
     def check(flags):
         if flags.sparsity is not None and flags.sparsity_round is not None:
             parser.error("argument --sparsity: not with --sparsity_round")
-        for name in {"--prune_iterations", *(() if default_round is None else ("--prune_percent",))} & parser.given:
-            if flags.sparsity is not None:
-                parser.error(f"argument {name}: not with --sparsity")
+        unused = ("--prune_iterations",) if default_round is None else ("--prune_iterations", "--prune_percent")
+        for name in parser.given.intersection(unused) if flags.sparsity is not None else ():
+            parser.error(f"argument {name}: not with --sparsity")
         if flags.sparsity is None and flags.sparsity_round >= flags.prune_iterations:
             most = flags.prune_iterations - 1
             parser.error(
